@@ -1,0 +1,49 @@
+"""Shared fixtures; benchmarks are collected only when asked for; tests that need hardware skip with a reason."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Two tests at a time must not fight for the same cores; benchmarks set their own.
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`bench/` runs under --benchmark-only, or when it is named."""
+    bench = config.rootpath / "bench"
+    if collection_path != bench and bench not in collection_path.parents:
+        return None
+    named = any(bench == p or bench in p.parents for p in (Path(a.split("::")[0]).absolute() for a in config.args))
+    from_testpaths = config.args_source is not pytest.Config.ArgsSource.ARGS
+    wanted = config.getoption("benchmark_only", False) or (named and not from_testpaths)
+    return None if wanted else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {
+        "cuda": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
+        "mlx_device": None if torch.backends.mps.is_available() else "needs a Mac with Metal",
+        "checkpoint": None if os.environ.get("GEMMA4_CHECKPOINT") else "set GEMMA4_CHECKPOINT to a checkpoint folder",
+    }
+    for item in items:
+        for name, reason in reasons.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """variant -> folder of its tiny checkpoint in float32, made once a session."""
+    from reference.tiny import make_tiny
+
+    made: dict[str, Path] = {}
+
+    def make(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = make_tiny(variant, tmp_path_factory.mktemp("tiny") / variant)
+        return made[variant]
+
+    return make

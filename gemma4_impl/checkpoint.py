@@ -1,0 +1,192 @@
+"""Hugging Face safetensors checkpoints, single or sharded: opened safely, and streamed onto a meta-built model."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gemma4_impl import names
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LISTED = 8
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or does not fit its config; the message names the file and the tensors."""
+
+
+class Checkpoint:
+    """The text tensors of a checkpoint folder under their canonical names; nothing is read until asked for.
+
+    Raises FileNotFoundError or CheckpointError for what is missing, truncated, or points outside the folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path}: no such folder; a checkpoint holds config.json and *.safetensors")
+        self.files: dict[str, Path] = {}
+        self.hf_names: dict[str, str] = {}
+        self._open = {}
+        for file, listed in self._shards().items():
+            handle = self._handle(file)
+            stored = set(handle.keys())
+            if listed is not None and (absent := sorted(listed - stored)):
+                raise CheckpointError(f"{file}: the index lists {absent[0]!r} here, but the file does not hold it")
+            for hf_name in sorted(stored if listed is None else listed):
+                name = names.from_hf(hf_name)
+                if name is None:
+                    continue
+                if name in self.files:
+                    raise CheckpointError(f"{file}: {hf_name!r} and {self.hf_names[name]!r} are the same tensor")
+                self.files[name], self.hf_names[name] = file, hf_name
+
+    def _shards(self) -> dict[Path, set[str] | None]:
+        """Each weight file, and which tensors its index says it holds (None: all)."""
+        index = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if not index.is_file():
+            if not single.is_file():
+                raise FileNotFoundError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json")
+            return {single: None}
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            items = [(str(name), str(file)) for name, file in weight_map.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index}: not a shard index ({type(error).__name__}: {error})") from None
+        shards: dict[Path, set[str]] = {}
+        for name, file in items:
+            # A hub cache links its files elsewhere, so links are fine; a path in the index is not.
+            if file != Path(file).name or "\\" in file or "\0" in file or file in ("", ".", ".."):
+                raise CheckpointError(f"{index}: {name!r} points outside the folder: {file!r}")
+            if not (self.path / file).is_file():
+                raise FileNotFoundError(f"{index}: {name!r} is in {file!r}, which does not exist")
+            shards.setdefault(self.path / file, set()).add(name)
+        if not shards:
+            raise CheckpointError(f"{index}: weight_map is empty")
+        return dict(shards)
+
+    def _handle(self, file: Path):
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from None
+        return self._open[file]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        """As safetensors spells it: F32, BF16, I8, ..."""
+        return self._slice(name).get_dtype()
+
+    def _slice(self, name: str):
+        return self._handle(self.files[name]).get_slice(self.hf_names[name])
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads one tensor. Raises CheckpointError if it is not floating point."""
+        if (stored := self.stored_dtype(name)) not in _FLOATS:
+            raise CheckpointError(
+                f"{self.files[name]}: {self.hf_names[name]!r} is stored as {stored}; expected F32, BF16, F16 or F64"
+            )
+        return self._handle(self.files[name]).get_tensor(self.hf_names[name])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, which stands for the checkpoint's; bfloat16 if it has none."""
+        if "embed_tokens.weight" not in self.files:
+            return torch.bfloat16
+        return _FLOATS.get(self.stored_dtype("embed_tokens.weight"), torch.bfloat16)
+
+    def fingerprint(self) -> str:
+        """sha256 over each tensor's name, dtype, shape, and its first and last 1024 values, whatever the sharding."""
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            part = self._slice(name)
+            shape = part.get_shape()
+            digest.update(f"{name} {part.get_dtype()} {shape}\n".encode())
+            if len(shape) == 0 or 0 in shape:
+                continue
+            for rows in (slice(0, 1), slice(shape[0] - 1, shape[0])):
+                edge = part[rows].contiguous().flatten()
+                edge = edge[:1024] if rows.start == 0 else edge[-1024:]
+                digest.update(edge.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_into(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool = False
+) -> None:
+    """Replaces every meta tensor of `model` by the checkpoint's, one at a time, as `dtype` on `device`.
+
+    The weights of a tied head and of KV-shared layers' unused projections may be in the file and are not needed.
+    Raises CheckpointError listing every missing, unexpected or mis-shaped tensor."""
+    config = model.config
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    unused = {
+        f"layers.{layer.index}.self_attn.{part}.weight"
+        for layer in config.layers
+        if layer.kv_shared
+        for part in ("k_proj", "v_proj", "k_norm")
+    }
+    tied = config.tie_word_embeddings
+    if tied:
+        del expected["lm_head.weight"]
+        unused.add("lm_head.weight")
+    _compare_names(checkpoint, expected, unused)
+    if tied and "lm_head.weight" in checkpoint.files:
+        _check_tied(checkpoint)
+
+    order = sorted(expected, key=lambda name: (str(checkpoint.files[name]), name))
+    for name in track(order, description="loading", disable=not progress, transient=True):
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        tensor = checkpoint.tensor(name).to(device=device, dtype=dtype)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def _compare_names(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], unused: set[str]) -> None:
+    stored = set(checkpoint.files)
+    shapes = {name: checkpoint.shape(name) for name in stored & set(expected)}
+    wrong = [
+        f"{name} is {list(shapes[name])}, expected {list(expected[name])}"
+        for name in sorted(shapes)
+        if shapes[name] != expected[name]
+    ]
+    problems = {
+        "missing": sorted(set(expected) - stored),
+        "unexpected": sorted(stored - set(expected) - unused),
+        "mis-shaped": wrong,
+    }
+    if any(problems.values()):
+        parts = [f"{len(found)} {what}: {_some(found)}" for what, found in problems.items() if found]
+        raise CheckpointError(f"{checkpoint.path}: the tensors do not fit config.json; " + "; ".join(parts))
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    head, embedding = (checkpoint._slice(n) for n in ("lm_head.weight", "embed_tokens.weight"))
+    rows = head.get_shape()[0]
+    same = head.get_shape() == embedding.get_shape()
+    for start in range(0, rows if same else 0, 16_384):
+        block = slice(start, min(start + 16_384, rows))
+        same = same and torch.equal(head[block], embedding[block])
+    if not same:
+        raise CheckpointError(
+            f"{checkpoint.path}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight"
+        )
+
+
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    more = f", and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more
