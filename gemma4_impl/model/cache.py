@@ -122,7 +122,9 @@ class KVCache(nn.Module):
                     raise ValueError(f"row {row}: position {wrong} does not continue the cache, which ends at {start}")
                 ends.append(start + len(valid))
         if max(ends) > self.max_seq_len:
-            raise ValueError(f"position {max(ends) - 1} is past the end of the cache (max_seq_len = {self.max_seq_len})")
+            raise ValueError(
+                f"position {max(ends) - 1} is past the end of the cache (max_seq_len = {self.max_seq_len})"
+            )
         self.lengths = ends
 
     def update(self, layer: LayerConfig, keys: Keys, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,192 @@
+"""Holds a candidate's taps against truth and reference: verdict by tap, first divergence, routing flips."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from parity import budget
+from parity.budget import Check
+from parity.metrics import LogitMetrics, Metrics, error_by_position, measure, measure_logits, pairs, reached
+
+Taps = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TapResult:
+    name: str
+    shape: tuple[int, ...]
+    metrics: Metrics
+    """Against the truth, errors accumulated from the input."""
+    local: Metrics | None
+    """Against the truth, with the truth forced into the taps before: None where no such run was made."""
+    checks: dict[str, Check]
+
+    @property
+    def ratio(self) -> float:
+        return max(check.ratio for check in self.checks.values())
+
+    @property
+    def red(self) -> bool:
+        return any(check.red for check in self.checks.values())
+
+    @property
+    def created(self) -> bool | None:
+        """Whether the error above budget arises at this tap; None where no local run was made."""
+        if self.local is None:
+            return None
+        return any(check.red for name, check in self.checks.items() if name.startswith("local"))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first tap, in execution order, that is out of budget."""
+
+    tap: str
+    row: int
+    position: int
+    origin: Literal["created", "inherited", "unknown"]
+    """created: out of budget although everything before was the truth; inherited: only the accumulated error is."""
+    check: str
+    error: float
+    allowed: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A token for which the candidate's router prefers other experts than the truth's."""
+
+    layer: int
+    row: int
+    position: int
+    margin: float
+    """Truth's probability of its last chosen expert minus that of its first rejected one."""
+    allowed: float
+    """The largest margin that errors within budget can overturn: twice the probability error allowed."""
+
+    @property
+    def tie(self) -> bool:
+        return self.margin <= self.allowed
+
+
+@dataclass
+class Comparison:
+    """One candidate, in one dtype, through one cache path."""
+
+    taps: list[TapResult]
+    missing: list[str]
+    unexpected: list[str]
+    logits: LogitMetrics | None
+    choices: int = 0
+    flips: list[Flip] = field(default_factory=list)
+    by_position: dict[str, Tensor] = field(default_factory=dict)
+    """tap -> [B, L] relative error, for the heat map."""
+
+    @property
+    def worst(self) -> TapResult | None:
+        return max(self.taps, key=lambda t: -1 if math.isnan(t.ratio) else t.ratio, default=None)
+
+    @property
+    def worst_ratio(self) -> float:
+        return self.worst.ratio if self.worst else math.inf
+
+    @property
+    def bugs(self) -> list[Flip]:
+        return [flip for flip in self.flips if not flip.tie]
+
+    @property
+    def red(self) -> bool:
+        return not self.taps or bool(self.missing) or any(t.red for t in self.taps) or bool(self.bugs)
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        for tap in self.taps:
+            if tap.red:
+                break
+        else:
+            return None
+        name, check = max(((n, c) for n, c in tap.checks.items() if c.red), key=lambda item: item[1].ratio)
+        at = (tap.local if name.startswith("local") else tap.metrics).worst_position
+        origin = {True: "created", False: "inherited", None: "unknown"}[tap.created]
+        return Divergence(tap.name, *at, origin, name, check.error, check.allowed, check.ratio)
+
+
+def compare(
+    candidate: Taps,
+    truth: Taps,
+    references: Sequence[Taps],
+    dtype: torch.dtype,
+    *,
+    local: Taps | None = None,
+    local_references: Sequence[Taps] = (),
+    top_k: int | None = None,
+) -> Comparison:
+    """Judges every tap of `candidate` [B, L, ...] against `truth` [1 or B, L, ...].
+
+    Args:
+        references: the reference's own captures in `dtype`, one a variant (eager, sdpa); their error is the budget.
+        local, local_references: the same with the truth forced into every tap, for the error created at each.
+        top_k: experts a token, where `router` taps exist.
+    A reference's error is taken over the positions that the candidate reached.
+    """
+    results, heat = [], {}
+    flips: list[Flip] = []
+    choices = 0
+    for name, t in truth.items():
+        if name not in candidate:
+            continue
+        c = candidate[name]
+        if c.shape[1:] != t.shape[1:]:
+            raise ValueError(f"{name}: the candidate has shape {list(c.shape)}, the truth {list(t.shape)}")
+        total = measure(c, t)
+        own = [measure(_like(reference[name], c), t) for reference in references]
+        checks = budget.check_total(total, own, dtype)
+        created = None
+        if local is not None:
+            created = measure(local[name], t)
+            own_local = [measure(_like(reference[name], local[name]), t) for reference in local_references]
+            checks |= budget.check_local(created, own_local, dtype, math.prod(c.shape[2:]))
+        results.append(TapResult(name, tuple(c.shape), total, created, checks))
+        heat[name] = error_by_position(c, t)
+        if name.endswith(".router") and top_k:
+            allowed = 2 * (budget.K * max(m.max_abs for m in own) + budget.floor(dtype))
+            choices += total.reached
+            flips += _flips(int(name.split(".")[1]), c, t, top_k, allowed)
+    return Comparison(
+        taps=results,
+        missing=[name for name in truth if name not in candidate],
+        unexpected=[name for name in candidate if name not in truth],
+        logits=measure_logits(candidate["logits"], truth["logits"]) if "logits" in candidate else None,
+        choices=choices,
+        flips=flips,
+        by_position=heat,
+    )
+
+
+def _like(reference: Tensor, candidate: Tensor) -> Tensor:
+    """The reference [1 or B, L, ...] where the candidate [B, L, ...] has values, NaN elsewhere."""
+    out = reference.expand(candidate.shape[0], *reference.shape[1:]).clone()
+    out[~reached(candidate)] = torch.nan
+    return out
+
+
+def _flips(layer: int, candidate: Tensor, truth: Tensor, top_k: int, allowed: float) -> list[Flip]:
+    c, t, where = pairs(candidate, truth)
+    chosen_c, chosen_t = (x.topk(top_k).indices.sort(-1).values for x in (c, t))
+    out = []
+    for i in (chosen_c != chosen_t).any(-1).nonzero()[:, 0].tolist():
+        ranked = t[i].sort(descending=True).values
+        margin = float(ranked[top_k - 1] - ranked[top_k])
+        out.append(Flip(layer, int(where[i, 0]), int(where[i, 1]), margin, allowed))
+    return out
+
+
+def routing_of(truth: Taps, top_k: int | None) -> dict[str, Tensor]:
+    """layer prefix (`layers.3.`) -> experts [B, L, k] that the truth's router chose."""
+    if not top_k:
+        return {}
+    return {n.removesuffix("router"): t.topk(top_k).indices for n, t in truth.items() if n.endswith(".router")}

@@ -1,0 +1,126 @@
+"""Runs a parity check end to end: truth, reference floors, candidate through every path, verdicts."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma4_impl.config import TextConfig
+from parity.candidate import PATHS, TorchCandidate
+from parity.compare import Comparison, Taps, compare, routing_of
+from reference.hf import HFReference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VARIANTS = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the report."""
+
+    checkpoint: str
+    dtype: str
+    path: str
+    comparison: Comparison
+    candidate: str = "torch"
+    reference: str = "hf"
+
+
+@dataclass
+class Baseline:
+    """What a candidate in one dtype is held against: the truth, and the reference's own errors."""
+
+    dtype: torch.dtype
+    config: TextConfig
+    tokens: list[int]
+    truth: Taps
+    references: list[Taps]
+    local_references: list[Taps]
+    forced: Taps
+    routing: Taps
+
+    @property
+    def top_k(self) -> int | None:
+        return self.config.top_k_experts if self.config.enable_moe_block else None
+
+
+def baseline(
+    checkpoint: str | Path, tokens: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Baseline:
+    """Runs the reference: in float64 for the truth, then in `dtype`, free and with the truth forced into every tap.
+
+    One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter)."""
+    reference = HFReference(checkpoint, dtype, truth=True, device=device)
+    config = reference.config
+    truth = reference.capture([tokens])
+    forced = {name: value for name, value in truth.items() if reference.forceable(name)}
+    routing = routing_of(truth, config.top_k_experts if config.enable_moe_block else None)
+    del reference
+    gc.collect()
+    reference = HFReference(checkpoint, dtype, device=device)
+    free, local = [], []
+    for attention in _VARIANTS:
+        reference.use(attention)
+        free.append(reference.capture([tokens], routing=routing))
+        local.append(reference.capture([tokens], routing=routing, forced=forced))
+    return Baseline(dtype, config, list(tokens), truth, free, local, forced, routing)
+
+
+def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
+    """Runs `candidate` through one cache path, free and with the truth forced, and compares.
+
+    Both runs use the truth's routing: a flipped choice would drown every later tap; flips are counted apart."""
+    free = candidate.capture(base.tokens, path, routing=base.routing)
+    local = candidate.capture(base.tokens, path, routing=base.routing, forced=base.forced)
+    return compare(
+        free,
+        base.truth,
+        base.references,
+        base.dtype,
+        local=local,
+        local_references=base.local_references,
+        top_k=base.top_k,
+    )
+
+
+@dataclass
+class Report:
+    """All cases of a run."""
+
+    cases: list[Case] = field(default_factory=list)
+
+    @property
+    def red(self) -> list[Case]:
+        return [case for case in self.cases if case.comparison.red]
+
+    @property
+    def worst(self) -> Case | None:
+        return max(self.cases, key=lambda case: case.comparison.worst_ratio, default=None)
+
+
+def run(
+    checkpoints: dict[str, Path],
+    tokens: Callable[[TextConfig, Path], list[int]],
+    dtypes: Sequence[str] = tuple(DTYPES),
+    paths: Sequence[str] = PATHS,
+    device: torch.device | str = "cpu",
+    advance: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """Every checkpoint (label -> folder) in every dtype through every path. `advance` is told what comes next."""
+    report = Report()
+    for label, path in checkpoints.items():
+        config = TextConfig.from_file(path)
+        sequence = tokens(config, path)
+        for name in dtypes:
+            advance(f"{label} {name} reference")
+            base = baseline(path, sequence, DTYPES[name], device)
+            candidate = TorchCandidate(path, DTYPES[name], device)
+            for cache_path in paths:
+                advance(f"{label} {name} {cache_path}")
+                report.cases.append(Case(label, name, cache_path, judge(candidate, base, cache_path)))
+            del candidate
+            gc.collect()
+    return report

@@ -1,0 +1,227 @@
+"""Hugging Face's Gemma 4 behind the tap vocabulary, in float32, bfloat16, and true float64."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.utils import logging
+
+from gemma4_impl import taps
+from gemma4_impl.config import TextConfig
+from gemma4_impl.taps import Recorder
+from reference.float64 import PromoteFloat32
+
+Attention = Literal["eager", "sdpa"]
+Taps = dict[str, Tensor]
+
+
+class HFReference:
+    """A checkpoint in transformers, run on one unpadded sequence at a time, always as a full forward.
+
+    Args:
+        dtype: the dtype that weights are loaded in and, unless `truth`, computed in.
+        truth: compute in float64 on the weights as `dtype` rounds them. Constants that the model rounds to its
+            dtype (the embedding scale) are rounded to `dtype` too; nothing else is.
+        attention: transformers' eager or sdpa attention. The experts run eagerly with the former, and as
+            transformers chooses with the latter.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        truth: bool = False,
+        attention: Attention = "eager",
+        device: torch.device | str = "cpu",
+    ):
+        self.config = TextConfig.from_file(path)
+        self.dtype, self.truth, self.device = dtype, truth, torch.device(device)
+        self.model = _load(Path(path), dtype, self.device)
+        self.text = getattr(self.model.model, "language_model", self.model.model)
+        if truth:
+            self._to_float64()
+        self.use(attention)
+        self._tap_modules()
+
+    def use(self, attention: Attention) -> None:
+        """Switches between transformers' attention implementations without reloading."""
+        self.attention = attention
+        self.model.set_attn_implementation(f"tapped_{attention}")
+        # grouped_mm takes no float64; eager experts are the definition.
+        if self.config.enable_moe_block:
+            eager = attention == "eager" or self.truth
+            self.model.set_experts_implementation("eager" if eager else "grouped_mm")
+
+    def capture(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        glob: str = "*",
+        forced: Mapping[str, Tensor] | None = None,
+        routing: Mapping[str, Tensor] | None = None,
+    ) -> Taps:
+        """Taps [B, L, ...] of every row's full forward, NaN past the row's end, in execution order.
+
+        `forced` [B, L, ...] and `routing` [B, L, k] as in `taps.Recorder`."""
+        out: Taps = {}
+        length = max(len(row) for row in rows)
+        for b, row in enumerate(rows):
+            T = len(row)
+            recorder = Recorder(
+                1,
+                T,
+                glob,
+                {name: value[b : b + 1, :T] for name, value in (forced or {}).items()},
+                {name: value[b : b + 1, :T] for name, value in (routing or {}).items()},
+            )
+            tokens = torch.tensor([list(row)], device=self.device)
+            mode = PromoteFloat32() if self.truth else nullcontext()
+            with torch.no_grad(), taps.recording(recorder), mode:
+                taps.at(torch.arange(T, device=self.device)[None])
+                logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=0).logits
+                taps.tap("", "logits", logits)
+            for name in recorder.order:
+                value = recorder.values[name]
+                if name not in out:
+                    out[name] = value.new_full((len(rows), length, *value.shape[2:]), torch.nan)
+                out[name][b, :T] = value[0]
+        return {name: out[name] for name in taps.tap_names(self.config) if name in out}
+
+    def forceable(self, name: str) -> bool:
+        """Whether `forced` reaches this tap: sums that transformers never hands to a module are read, not replaced."""
+        last_sum = "resid_ple" if self.config.hidden_size_per_layer_input else "resid_mlp"
+        return not name.endswith("." + last_sum)
+
+    def _to_float64(self) -> None:
+        self.model.double()
+        for module in self.model.modules():
+            if isinstance(module, hf.Gemma4TextScaledWordEmbedding):
+                scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64).to(self.dtype)
+                module.embed_scale = scale.double().to(self.device)
+        rotary = self.text.rotary_emb
+        with PromoteFloat32():
+            for kind, init in rotary.rope_init_fns.items():
+                config = rotary.config.per_layer_config[kind]
+                inv_freq, _ = init(config, self.device, layer_type=kind)
+                setattr(rotary, f"{kind}_inv_freq", inv_freq)
+
+    def _tap_modules(self) -> None:
+        """Hooks that read each tap off transformers' own modules, and write a forced value back.
+
+        A module's output is replaced by returning another. A residual is replaced in place on its way into a norm or
+        gate: the layer goes on adding to that same tensor."""
+        text = self.text
+        text.embed_tokens.register_forward_hook(_output_tap("", "embed"))
+        if self.config.hidden_size_per_layer_input:
+            combine = text.project_per_layer_inputs
+            text.project_per_layer_inputs = lambda *a, **k: taps.tap("", "per_layer_inputs", combine(*a, **k))
+        for i, layer in enumerate(text.layers):
+            prefix = f"layers.{i}."
+            layer.self_attn.register_forward_hook(_output_tap(prefix, "self_attn.out"))
+            layer.pre_feedforward_layernorm.register_forward_pre_hook(_residual_tap(prefix, "resid_mid", layer))
+            layer.mlp.register_forward_hook(_output_tap(prefix, "mlp"))
+            if self.config.enable_moe_block:
+                layer.router.register_forward_hook(_router_tap(prefix, self))
+                layer.experts.register_forward_hook(_flat_tap(prefix, "experts", self))
+            if self.config.hidden_size_per_layer_input:
+                layer.per_layer_input_gate.register_forward_pre_hook(_residual_tap(prefix, "resid_mlp", layer))
+                layer.post_per_layer_input_norm.register_forward_hook(_sum_tap(prefix, "resid_ple", layer))
+            else:
+                layer.post_feedforward_layernorm.register_forward_hook(_sum_tap(prefix, "resid_mlp", layer))
+            layer.register_forward_hook(_output_tap(prefix, "out"))
+        text.norm.register_forward_hook(_output_tap("", "norm"))
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    multimodal = '"gemma4"' in (path / "config.json").read_text(encoding="utf-8")
+    cls = hf.Gemma4ForConditionalGeneration if multimodal else hf.Gemma4ForCausalLM
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model = cls.from_pretrained(path, dtype=dtype, local_files_only=True)
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval()
+
+
+def _output_tap(prefix: str, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (taps.tap(prefix, name, output[0]), *output[1:])
+        return taps.tap(prefix, name, output)
+
+    return hook
+
+
+def _residual_tap(prefix: str, name: str, layer: nn.Module) -> Any:
+    def hook(module: nn.Module, args: tuple) -> None:
+        value = taps.tap(prefix, name, args[0])
+        if value is not args[0]:
+            args[0].copy_(value)
+        layer.tapped_residual = args[0]
+
+    return hook
+
+
+def _sum_tap(prefix: str, name: str, layer: nn.Module) -> Any:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        taps.tap(prefix, name, layer.tapped_residual + output)
+
+    return hook
+
+
+def _flat_tap(prefix: str, name: str, reference: HFReference) -> Any:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return taps.tap(prefix, name, output[None]).flatten(0, 1)
+
+    return hook
+
+
+def _router_tap(prefix: str, reference: HFReference) -> Any:
+    """transformers' router returns (probabilities, weights, experts): the last two follow from forced values."""
+
+    def hook(module: nn.Module, args: tuple, output: tuple) -> tuple:
+        probs, weights, index = output
+        forced_probs = taps.tap(prefix, "router", probs[None])[0]
+        forced_index = taps.route(prefix, index[None])[0]
+        if forced_probs is not probs or forced_index is not index:
+            weights = forced_probs.gather(-1, forced_index)
+            weights = weights / weights.sum(dim=-1, keepdim=True) * module.per_expert_scale[forced_index]
+        return forced_probs, weights, forced_index
+
+    return hook
+
+
+def _tapped(attend: Any) -> Any:
+    """transformers' attention function with q, k, v [B, heads, T, H] tapped, as they arrive, in BTNH."""
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if isinstance(module, hf.Gemma4TextAttention):
+            prefix = f"layers.{module.layer_idx}.self_attn."
+            query = taps.tap(prefix, "q", query.transpose(1, 2)).transpose(1, 2)
+            if not module.is_kv_shared_layer:
+                for name, states in (("k", key), ("v", value)):
+                    tapped = taps.tap(prefix, name, states.transpose(1, 2)).transpose(1, 2)
+                    # In place, because the layers that share these keys and values read the same tensors.
+                    states.copy_(tapped)
+        return attend(module, query, key, value, mask, **kwargs)
+
+    return forward
+
+
+for _name, _attend in (("eager", hf.eager_attention_forward), ("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])):
+    AttentionInterface.register(f"tapped_{_name}", _tapped(_attend))
+    AttentionMaskInterface.register(f"tapped_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
