@@ -125,23 +125,8 @@ def load_into(
     """Replaces every meta tensor of `model` by the checkpoint's, one at a time, as `dtype` on `device`.
 
     The weights of a tied head and of KV-shared layers' unused projections may be in the file and are not needed.
-    Raises CheckpointError listing every missing, unexpected or mis-shaped tensor."""
-    config = model.config
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    unused = {
-        f"layers.{layer.index}.self_attn.{part}.weight"
-        for layer in config.layers
-        if layer.kv_shared
-        for part in ("k_proj", "v_proj", "k_norm")
-    }
-    tied = config.tie_word_embeddings
-    if tied:
-        del expected["lm_head.weight"]
-        unused.add("lm_head.weight")
-    _compare_names(checkpoint, expected, unused)
-    if tied and "lm_head.weight" in checkpoint.files:
-        _check_tied(checkpoint)
-
+    Raises CheckpointError as `check_fits` does."""
+    expected = check_fits(model, checkpoint)
     order = sorted(expected, key=lambda name: (str(checkpoint.files[name]), name))
     for name in track(order, description="loading", disable=not progress, transient=True):
         parent, _, leaf = name.rpartition(".")
@@ -151,8 +136,30 @@ def load_into(
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[leaf] = tensor
-    if tied:
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+
+
+def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors that `model` (may be on meta) takes from `checkpoint`.
+
+    Raises CheckpointError listing every missing, unexpected or mis-shaped tensor, or for a head that ought to be tied
+    and is not."""
+    config = model.config
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    unused = {
+        f"layers.{layer.index}.self_attn.{part}.weight"
+        for layer in config.layers
+        if layer.kv_shared
+        for part in ("k_proj", "v_proj", "k_norm")
+    }
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+        unused.add("lm_head.weight")
+    _compare_names(checkpoint, expected, unused)
+    if config.tie_word_embeddings and "lm_head.weight" in checkpoint.files:
+        _check_tied(checkpoint)
+    return list(expected)
 
 
 def _compare_names(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], unused: set[str]) -> None:

@@ -3,21 +3,23 @@
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Keys that other tools write and that do not change what the text model computes.
-_NO_EFFECT = frozenset(
-    """_name_or_path architectures attn_implementation cache_implementation dtype torch_dtype transformers_version
-    initializer_range use_cache attention_dropout is_causal return_dict output_attentions output_hidden_states
-    output_router_logits problem_type id2label label2id chunk_size_feed_forward is_encoder_decoder model_type
-    tie_encoder_decoder torchscript use_bidirectional_attention keys_to_ignore_at_inference _attn_implementation
-    quantization_config""".split()
-)
+_NO_EFFECT = {
+    "_name_or_path", "architectures", "attn_implementation", "cache_implementation", "dtype", "torch_dtype",
+    "transformers_version", "initializer_range", "use_cache", "attention_dropout", "is_causal", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "id2label", "label2id",
+    "chunk_size_feed_forward", "is_encoder_decoder", "model_type", "tie_encoder_decoder", "torchscript",
+    "use_bidirectional_attention", "keys_to_ignore_at_inference", "_attn_implementation", "quantization_config",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -139,10 +141,14 @@ class TextConfig:
                 raise ConfigError(f"{source}: text_config is missing; a gemma4 config holds the text model there")
             # The outer object decides these for the whole checkpoint when it states them.
             outer = {k: raw[k] for k in ("tie_word_embeddings", "eos_token_id") if raw.get(k) is not None}
-            return cls.from_dict({**text, **outer, "model_type": "gemma4_text"}, f"{source}: text_config")
+            return cls.from_dict({"model_type": "gemma4_text", **text, **outer}, f"{source}: text_config")
         if model_type != "gemma4_text":
-            raise ConfigError(f"{source}: model_type is {model_type!r}; expected 'gemma4_text' or 'gemma4'")
-        return cls(**_fields_of(raw, source))
+            raise ConfigError(f"{source}: model_type is {short(model_type)}; expected 'gemma4_text' or 'gemma4'")
+        fields = _fields_of(raw, source)
+        try:
+            return cls(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> "TextConfig":
@@ -154,13 +160,9 @@ class TextConfig:
             raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
-        try:
-            return cls.from_dict(raw, str(path))
-        except ConfigError as error:
-            message = str(error)
-            raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        return cls.from_dict(raw, str(path))
 
 
 def _fields_of(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -170,21 +172,20 @@ def _fields_of(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         if key in types:
             if value is not None:
                 out[key] = value
-        elif key == "use_bidirectional_attention" and value == "all":
-            raise ConfigError(f"{source}: use_bidirectional_attention='all' (an encoder) is not supported")
+        elif key == "use_bidirectional_attention" and value not in (None, False, "vision"):
+            raise ConfigError(f"{source}: {key} = {short(value)}: only images may be seen both ways ('vision')")
         elif key != "per_layer_config" and key not in _NO_EFFECT and value not in (None, False):
             # An unknown switch that is on may change the maths: better refused than ignored.
-            raise ConfigError(f"{source}: unknown key {key!r} = {value!r}; this implementation would ignore it")
+            raise ConfigError(f"{source}: unknown key {short(key)} = {short(value)}; it would be ignored")
     for key in ("layer_types", "eos_token_id"):
         if key in out:
             out[key] = tuple(out[key]) if isinstance(out[key], list | tuple) else (out[key],)
-    if "final_logit_softcapping" in raw and raw["final_logit_softcapping"] is None:
-        out["final_logit_softcapping"] = None
     if "rope_parameters" in out:
         out["rope_parameters"] = _rope_of(out["rope_parameters"], source)
     if raw.get("per_layer_config"):
         out.update(_flatten_per_layer(raw["per_layer_config"], out, source))
-    out.setdefault("global_head_dim", 512)
+    # What transformers takes an absent key to mean.
+    out = {"global_head_dim": 512, "hidden_size_per_layer_input": 256, "final_logit_softcapping": None} | out
     required = [f.name for f in dataclasses.fields(TextConfig) if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in out]:
         raise ConfigError(f"{source}: missing key(s) {', '.join(missing)}")
@@ -197,7 +198,7 @@ def _rope_of(raw: Any, source: str) -> dict[str, RopeParameters]:
     known = {f.name for f in dataclasses.fields(RopeParameters)}
     out = {}
     for kind, values in raw.items():
-        if not isinstance(values, Mapping) or not {"rope_type", "rope_theta"} <= set(values):
+        if not isinstance(values, Mapping) or any(values.get(k) is None for k in ("rope_type", "rope_theta")):
             raise ConfigError(f"{source}: rope_parameters.{kind} needs rope_type and rope_theta")
         if extra := {k for k, v in values.items() if k not in known and v is not None}:
             raise ConfigError(f"{source}: rope_parameters.{kind}.{min(extra)} is not supported")
@@ -211,10 +212,11 @@ def _flatten_per_layer(per_layer: Any, flat: Mapping[str, Any], source: str) -> 
     overrides: dict[int, dict[str, Any]] = {}
     if not isinstance(per_layer, Mapping):
         raise ConfigError(f"{source}: per_layer_config must be an object with one entry a layer")
+    indices = {str(i): i for i in range(len(layer_types))}
     for key, values in per_layer.items():
-        index = int(key) if str(key).isdecimal() else -1
-        if not 0 <= index < len(layer_types):
-            raise ConfigError(f"{source}: per_layer_config.{key}: no such layer")
+        index = indices.get(str(key))
+        if index is None:
+            raise ConfigError(f"{source}: per_layer_config.{str(key)[:20]}: no such layer")
         if not isinstance(values, Mapping) or (extra := set(values) - {"head_dim", "num_key_value_heads"}):
             what = f".{min(extra)}" if isinstance(values, Mapping) else ""
             raise ConfigError(f"{source}: per_layer_config.{key}{what} is not supported")
@@ -239,32 +241,34 @@ def _check(c: TextConfig) -> None:
     """Raises ConfigError for a value that is malformed, or that contradicts another one."""
 
     def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{key} = {getattr(c, key)!r}: {why}")
+        raise ConfigError(f"{key} = {short(getattr(c, key))}: {why}")
 
-    sizes = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        head_dim global_head_dim sliding_window max_position_embeddings vocab_size_per_layer_input""".split()
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    sizes += ["num_key_value_heads", "head_dim", "global_head_dim", "sliding_window", "max_position_embeddings"]
+    sizes += ["vocab_size_per_layer_input"]
+    switches = ["attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block", "tie_word_embeddings", "attention_bias"]
     counts = ["num_kv_shared_layers", "hidden_size_per_layer_input", "pad_token_id", "bos_token_id"]
     optional = ["num_global_key_value_heads", "num_experts", "top_k_experts", "moe_intermediate_size"]
     for key in sizes + counts + [k for k in optional if getattr(c, k) is not None]:
         value, least = getattr(c, key), 0 if key in counts else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             refuse(key, f"must be an integer >= {least}")
-    for key in "attention_k_eq_v use_double_wide_mlp enable_moe_block tie_word_embeddings attention_bias".split():
+    for key in switches:
         if not isinstance(getattr(c, key), bool):
             refuse(key, "must be true or false")
     for key in ("rms_norm_eps", "final_logit_softcapping"):
         value = getattr(c, key)
-        if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
+        if value is not None and not _is_positive(value):
             refuse(key, "must be a positive number")
     if c.attention_bias:
         refuse("attention_bias", "no Gemma 4 checkpoint has biases; not supported")
     if c.hidden_activation != "gelu_pytorch_tanh":
         refuse("hidden_activation", "only 'gelu_pytorch_tanh' is supported")
-    if not all(isinstance(i, int) and 0 <= i for i in c.eos_token_id):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in c.eos_token_id):
         refuse("eos_token_id", "must be a token id or a list of them")
 
     if unknown := [k for k in c.layer_types if k not in (SLIDING, FULL)]:
-        refuse("layer_types", f"unknown layer type {unknown[0]!r}")
+        refuse("layer_types", f"unknown layer type {short(unknown[0])}")
     if len(c.layer_types) != c.num_hidden_layers:
         refuse("num_hidden_layers", f"but layer_types has {len(c.layer_types)} entries")
     if c.layer_types[-1] != FULL:
@@ -291,16 +295,23 @@ def _check(c: TextConfig) -> None:
         if rope is None:
             refuse("rope_parameters", f"has no entry for {kind}")
         if rope.rope_type not in ("default", "proportional"):
-            refuse("rope_parameters", f"{kind}: rope_type {rope.rope_type!r} is not 'default' or 'proportional'")
-        if not isinstance(rope.rope_theta, int | float) or rope.rope_theta <= 0:
+            refuse("rope_parameters", f"{kind}: rope_type {short(rope.rope_type)} is not 'default' or 'proportional'")
+        if not _is_positive(rope.rope_theta):
             refuse("rope_parameters", f"{kind}: rope_theta must be a positive number")
-        if not isinstance(rope.partial_rotary_factor, int | float) or not 0 <= rope.partial_rotary_factor <= 1:
-            refuse("rope_parameters", f"{kind}: partial_rotary_factor must lie in [0, 1]")
+        if not _is_positive(rope.partial_rotary_factor) or rope.partial_rotary_factor > 1:
+            refuse("rope_parameters", f"{kind}: partial_rotary_factor must lie in (0, 1]")
         if rope.rope_type == "default" and rope.partial_rotary_factor != 1:
             refuse("rope_parameters", f"{kind}: partial_rotary_factor needs rope_type 'proportional'")
     for key in ("pad_token_id", "bos_token_id"):
         if getattr(c, key) >= c.vocab_size:
             refuse(key, f"is outside the vocabulary of {c.vocab_size}")
+    if c.hidden_size_per_layer_input and c.vocab_size_per_layer_input < c.vocab_size:
+        refuse("vocab_size_per_layer_input", f"must hold every token of vocab_size = {c.vocab_size}")
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _pattern(sliding: int, repeats: int) -> tuple[str, ...]:

@@ -31,9 +31,9 @@ class Recorder:
     Args:
         batch, length: rows and positions of the sequences being run.
         glob: only taps whose name matches are kept.
-        forced: values [B, length, ...] that replace a tap's own value after it was recorded: what is recorded downstream
-            then shows only the error created there.
-        routing: [B, length, k] expert indices that replace the router's choice, by layer prefix (`layers.3`).
+        forced: values [B, length, ...] that replace a tap's own value after it was recorded: what is recorded
+            downstream then shows only the error created there.
+        routing: [B, length, k] expert indices that replace the router's choice, by layer prefix (`layers.3.`).
     """
 
     def __init__(

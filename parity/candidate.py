@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gemma4_impl import taps
 from gemma4_impl.generate import prefill
-from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.model.decoder import Gemma4, ScaledEmbedding
+from gemma4_impl.model.rope import RotaryEmbedding
 from gemma4_impl.taps import Recorder
 
 PATHS = ("full", "chunked", "decode", "generate", "left_padded", "right_padded")
@@ -20,13 +21,31 @@ _RAGGED = (7, 1, 12, 3, 5, 2, 9)
 
 
 class TorchCandidate:
-    """`Gemma4` behind the same interface as the references."""
+    """`Gemma4` behind the same interface as the references.
+
+    In float64 the weights, and the constants that the model rounds to their dtype, are first rounded to `weights`."""
 
     name = "torch"
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-        self.model = Gemma4.from_pretrained(path, dtype, device)
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        weights: torch.dtype | None = None,
+    ):
+        weights = weights or dtype
+        self.model = Gemma4.from_pretrained(path, weights, device)
         self.config = self.model.config
+        self.chunks: Sequence[int] = _RAGGED
+        """Sizes of the chunks that the chunked and padded paths feed, in turn."""
+        if weights != dtype:
+            self.model.to(dtype)
+            for module in self.model.modules():
+                if isinstance(module, RotaryEmbedding):
+                    module.reset(dtype, self.model.device)
+                elif isinstance(module, ScaledEmbedding):
+                    module.scale[dtype] = module.scale[weights]
 
     @torch.no_grad()
     def capture(
@@ -67,10 +86,10 @@ class TorchCandidate:
         positions = None
         if path.endswith("_padded"):
             tokens, positions = _pad(rows, left=path == "left_padded", device=model.device)
-        cache = model.make_cache(len(rows), length, max_chunk=max(_RAGGED))
+        cache = model.make_cache(len(rows), length, max_chunk=max(self.chunks))
         start = 0
         while start < length:
-            for size in _RAGGED:
+            for size in self.chunks:
                 end = min(start + size, length)
                 if start < end:
                     chunk = None if positions is None else positions[:, start:end]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.config import TextConfig
 from parity.candidate import PATHS, TorchCandidate
 from parity.compare import Comparison, Taps, compare, routing_of
@@ -91,6 +92,8 @@ class Report:
     """All cases of a run."""
 
     cases: list[Case] = field(default_factory=list)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """checkpoint label -> fingerprint of its weights, and the tokens it was run on."""
 
     @property
     def red(self) -> list[Case]:
@@ -114,6 +117,7 @@ def run(
     for label, path in checkpoints.items():
         config = TextConfig.from_file(path)
         sequence = tokens(config, path)
+        report.inputs[label] = {"fingerprint": Checkpoint(path).fingerprint(), "tokens": sequence}
         for name in dtypes:
             advance(f"{label} {name} reference")
             base = baseline(path, sequence, DTYPES[name], device)

@@ -105,8 +105,8 @@ class KVCache(nn.Module):
             # Padding goes to the last slot, whose position must stay -1: that is what `positions` holds there.
             stored.scatter_(1, slots, positions)
             longest = max(self.lengths) if self._on_host else capacity
-            size = min(longest, capacity)
-            keys[kind] = Keys(stored[:, :size], slots, unpadded and self._on_host and longest <= capacity)
+            contiguous = unpadded and self._on_host and min(self.lengths) == longest <= capacity
+            keys[kind] = Keys(stored[:, : min(longest, capacity)], slots, contiguous)
         return keys
 
     def _advance(self, positions: Tensor, unpadded: bool) -> None:

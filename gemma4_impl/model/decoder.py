@@ -156,7 +156,7 @@ class Gemma4(nn.Module):
         identity = self.embed_tokens_per_layer(tokens).view(shape)
         return taps.tap("", "per_layer_inputs", (context + identity) * 2**-0.5)
 
-    def _mask(self, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Tensor | None | Literal["causal"]:
+    def _mask(self, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Tensor | Literal["causal"] | None:
         """What to hide: nothing (None), the future of a square chunk ("causal"), or a mask [B, 1, T, S]."""
         T = positions.shape[1]
         window = self.config.sliding_window if kind == SLIDING else None

@@ -1,0 +1,227 @@
+"""The commands of `gemma4`; an error of the user's ends in one line on stderr and exit code 2."""
+
+import contextlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+# torch is imported inside the commands: `gemma4 --help` must not wait for it.
+if TYPE_CHECKING:
+    import torch
+
+    from gemma4_impl.generate import Generation
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UserError(click.ClickException):
+    """Printed as `gemma4: error: <message>`."""
+
+    exit_code = 2
+
+    def show(self, file: IO[str] | None = None) -> None:
+        click.echo(f"gemma4: error: {self.message}", file=file, err=file is None)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns what a user can cause (bad arguments and files, too little memory, a package that is not installed) into
+    a UserError of one line; lines that start with "-" stay a list. Ctrl-C exits 130. Usable as a decorator.
+    GEMMA4_DEBUG=1 lets everything through with its traceback."""
+    try:
+        yield
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError" or _debug():
+            raise
+        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        raise UserError(_lines(error.format_message().rstrip(".")) + hint) from None
+    except KeyboardInterrupt:
+        if _debug():
+            raise
+        raise click.exceptions.Exit(130) from None
+    except Exception as error:
+        if _debug() or isinstance(error, BrokenPipeError) or not _is_users(error):
+            raise
+        raise UserError(_lines(str(error)) or type(error).__name__) from None
+
+
+class Commands(click.Group):
+    """A group whose commands, and whose arguments, all run under `user_errors`."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with user_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with user_errors():
+            return super().invoke(ctx)
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        try:
+            version = importlib.metadata.version("gemma4-parity")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        click.echo(f"gemma4 {version}")
+        ctx.exit()
+
+
+@click.group("gemma4", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show it.")
+def cli() -> None:
+    """Gemma 4: run it, convert it, and check that it is the same model."""
+
+
+@cli.command("generate")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--prompt", help="What to say to the model; '-' reads stdin.")
+@click.option("--tokens", help="Token ids to continue instead of a prompt, such as 2,105,9259.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
+@click.option("--temperature", type=float, default=1.0, help="0 is greedy.")
+@click.option("--top-k", type=int, default=64)
+@click.option("--top-p", type=float, default=0.95, help="1 turns it off.")
+@click.option("--seed", type=int, help="Same seed, same text.  [default: a new one each time]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="[default: the checkpoint's]")
+@click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda if there is one, else cpu]")
+@click.option("--max-seq-len", type=click.IntRange(min=1), help="Context length.  [default: as long as needed]")
+def generate_command(
+    checkpoint: Path,
+    prompt: str | None,
+    tokens: str | None,
+    raw: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+    dtype: str | None,
+    device: str | None,
+    max_seq_len: int | None,
+) -> None:
+    """Generate text with the model in the folder CHECKPOINT.
+
+    The text goes to stdout as it comes, one line with the speed to stderr.
+    """
+    if (prompt is None) == (tokens is None):
+        raise click.UsageError("Give either --prompt or --tokens", click.get_current_context())
+    what = read_prompt(prompt) if tokens is None else parse_tokens(tokens)
+
+    from gemma4_impl.generate import Interrupted, generate
+    from gemma4_impl.model.decoder import Gemma4
+    from gemma4_impl.model.sampler import Sampling
+    from gemma4_impl.tokenizer import Tokenizer
+
+    # What is wrong should come to light before minutes of loading.
+    Sampling(temperature, top_k, top_p, seed)
+    target = resolve_device(device)
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    model = Gemma4.from_pretrained(checkpoint, resolve_dtype(dtype), target, progress=sys.stderr.isatty())
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        result = generate(
+            model,
+            tokenizer,
+            what,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            chat=not raw,
+            stream=lambda text: click.echo(text, nl=False),
+            max_seq_len=max_seq_len,
+        )
+    except Interrupted as interrupted:
+        click.echo()
+        click.echo(stats_line(interrupted.generation), err=True)
+        click.get_current_context().exit(130)
+    click.echo()
+    click.echo(stats_line(result), err=True)
+
+
+def stats_line(g: "Generation") -> str:
+    """Counts, tokens/s and GB/s of a generation in one line."""
+    line = f"gemma4: prompt {g.prompt_tokens} tokens, {g.prefill_tokens_per_second:.1f} tokens/s; new {len(g.tokens)}"
+    if g.decode_seconds and g.decode_bytes:
+        line += f" tokens, {g.decode_tokens_per_second:.1f} tokens/s, {g.gb_per_second:.1f} GB/s"
+    return f"{line}; stop: {g.stop_reason}"
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or stdin (UTF-8, less its last line break) for "-"."""
+    if prompt != "-":
+        return prompt
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: stdin is not UTF-8 text (byte {error.start})") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def parse_tokens(text: str) -> list[int]:
+    """The ids in a text such as "2,105,9259". Raises ValueError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--tokens {text!r}: expected token ids separated by commas, such as 2,105,9259") from None
+
+
+def resolve_dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def resolve_device(name: str | None) -> "torch.device":
+    """The device called `name`, tried out; by default cuda if there is one. Raises ValueError."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r}: no such kind of device; use cpu, cuda, cuda:1 or mps") from None
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name!r}: torch cannot use it on this machine; try --device cpu") from None
+    return device
+
+
+def _debug() -> bool:
+    return os.environ.get("GEMMA4_DEBUG", "") not in ("", "0")
+
+
+def _is_users(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError | ImportError | MemoryError):
+        return True
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError):
+        return True
+    # torch raises a RuntimeError when memory runs out, on the GPU one with a name.
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
+
+
+def _lines(message: str) -> str:
+    """One line, except that lines of a list ("- ...") stay lines."""
+    out: list[str] = []
+    for line in message.splitlines():
+        if line.lstrip().startswith("- ") or not out:
+            out.append(line.rstrip())
+        else:
+            out[-1] = f"{out[-1]} {line.strip()}".rstrip()
+    return "\n".join(out)

@@ -1,0 +1,229 @@
+"""The verbs of inference: prefill, decode_one_token, and generate, which turns a prompt into text and timings."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gemma4_impl.model.cache import KVCache
+from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.model.sampler import Sampling, sample
+from gemma4_impl.tokenizer import StreamDecoder, Tokenizer
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` made, and how fast."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """The new ids; the last one is the stop token if there was one, which `text` leaves out."""
+    prompt_tokens: int
+    prefill_seconds: float
+    """Until the first new token was known."""
+    decode_seconds: float
+    """For all tokens after the first."""
+    decode_bytes: int
+    """What the decode steps had to read, see `bytes_per_token`."""
+    stop_reason: Literal["eos", "length", "interrupted"]
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return _rate(self.prompt_tokens, self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """0 if there was no second token to time."""
+        return _rate(max(0, len(self.tokens) - 1), self.decode_seconds)
+
+    @property
+    def gb_per_second(self) -> float:
+        return _rate(self.decode_bytes, self.decode_seconds) / 1e9
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while decoding; `generation` holds what was there by then."""
+
+    def __init__(self, generation: Generation):
+        super().__init__()
+        self.generation = generation
+
+
+@torch.no_grad()
+def prefill(model: Gemma4, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
+    """Feeds tokens [B, T] to the cache in chunks of its `max_chunk`; returns the last column's logits [B, V].
+
+    `positions` [B, T] marks padding with -1, which must be on the left. Raises ValueError as the model does."""
+    if positions is not None and (positions[:, -1] < 0).any():
+        raise ValueError("prefill: a row ends in padding; pad rows on the left")
+    T, C = tokens.shape[1], cache.max_chunk
+    for start in range(0, max(T, 1), C):
+        chunk = slice(start, start + C)
+        last = start + C >= T
+        at = None if positions is None else positions[:, chunk]
+        logits = model(tokens[:, chunk], at, cache=cache, logits="last" if last else "none")
+    return logits[:, -1]
+
+
+@torch.no_grad()
+def decode_one_token(
+    model: Gemma4,
+    token: Tensor,
+    cache: KVCache,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Feeds token [B, 1] and draws the next one, [B, 1]; without `sampling` the likeliest. -1 as in `sample`."""
+    logits = model(token, cache=cache, logits="last")
+    return _draw(logits[:, -1], sampling or Sampling(temperature=0), generator)
+
+
+@torch.no_grad()
+def generate(
+    model: Gemma4,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    chat: bool = True,
+    stream: Callable[[str], None] | None = None,
+    max_seq_len: int | None = None,
+    max_chunk: int = 512,
+) -> Generation:
+    """Continues `prompt` until a stop token, `max_new_tokens`, or the end of the context.
+
+    Args:
+        prompt: a user's message (raw text with chat=False), a list of chat messages, or token ids taken as they are.
+        stream: called with each piece of text as soon as it is complete; the pieces join to `Generation.text`.
+        max_seq_len: the context to make a cache for; by default as much as is needed and the model allows.
+        max_chunk: the most prompt tokens in one forward.
+    Raises ValueError for a prompt that does not fit, a bad parameter, or logits that are NaN; Interrupted.
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    ids = encode_prompt(tokenizer, prompt, chat)
+    limit = _check_prompt(model, ids, max_seq_len)
+    capacity = max_seq_len or min(len(ids) + max_new_tokens, limit)
+    cache = model.make_cache(1, max_seq_len=capacity, max_chunk=max_chunk)
+    stop = tokenizer.stop_ids | set(model.config.eos_token_id)
+    generator = sampling.generator(model.device)
+    decoder = StreamDecoder(tokenizer)
+    pieces: list[str] = []
+
+    def emit(text: str) -> None:
+        pieces.append(text)
+        if stream is not None and text:
+            stream(text)
+
+    tokens: list[int] = []
+    start = time.perf_counter()
+    logits = prefill(model, torch.tensor([ids], device=model.device), cache)
+    token = _draw(logits, sampling, generator)
+    new = int(token)
+    first = time.perf_counter()
+
+    reason: Literal["eos", "length", "interrupted"] = "length"
+    try:
+        while True:
+            if new < 0:
+                raise ValueError(f"no next token after {len(tokens)} new ones: the logits are NaN; try another dtype")
+            tokens.append(new)
+            if new in stop:
+                reason = "eos"
+                break
+            emit(decoder.push(new))
+            # The last token is not fed back, so it needs no room in the cache.
+            if len(tokens) == max_new_tokens or len(ids) + len(tokens) > capacity:
+                break
+            token = decode_one_token(model, token, cache, sampling, generator)
+            new = int(token)
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    seconds = time.perf_counter() - first
+    emit(decoder.finish())
+    steps = max(0, len(tokens) - 1)
+    read = steps * _weight_bytes(model) + sum(_cache_bytes(model, len(ids) + i) for i in range(1, steps + 1))
+    result = Generation("".join(pieces), tuple(tokens), len(ids), first - start, seconds, read, reason)
+    if reason == "interrupted":
+        raise Interrupted(result)
+    return result
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool = True) -> list[int]:
+    """Token ids of what `generate` accepts; text and messages begin with one BOS. Raises ValueError for an empty
+    list, and what the tokenizer raises."""
+    if isinstance(prompt, str):
+        if not chat:
+            return tokenizer.encode(prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt:
+        raise ValueError("the prompt is empty: it has neither messages nor tokens")
+    if isinstance(prompt[0], int):
+        return list(prompt)
+    return tokenizer.encode(tokenizer.apply_chat_template(prompt))
+
+
+def bytes_per_token(model: Gemma4, context: int) -> int:
+    """Bytes that one decode step at batch 1 must read when its token attends to `context` positions (itself too).
+
+    Every weight once, but `top_k_experts` of the experts only, and one row of an embedding table (a tied one is read
+    whole, as the output head); and in each layer the keys and values that are visible, in the model's dtype. A
+    KV-shared layer reads its producer's again. Activations are not counted."""
+    return _weight_bytes(model) + _cache_bytes(model, context)
+
+
+def _weight_bytes(model: Gemma4) -> int:
+    config = model.config
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])  # a tied weight appears once
+    tied = not any(name.startswith("lm_head.") for name in tensors)
+    total = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if name.startswith("embed_tokens_per_layer."):
+            size //= config.vocab_size_per_layer_input
+        elif name.startswith("embed_tokens.") and not tied:
+            size //= config.vocab_size
+        elif ".experts." in name:
+            size = size * config.top_k_experts // config.num_experts
+        total += size
+    return total
+
+
+def _cache_bytes(model: Gemma4, context: int) -> int:
+    total = 0
+    for layer in model.config.layers:
+        visible = min(context, model.config.sliding_window) if layer.is_sliding else context
+        total += 2 * visible * layer.num_key_value_heads * layer.head_dim * model.dtype.itemsize
+    return total
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """logits [B, V] -> [B, 1]."""
+    return sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)[:, None]
+
+
+def _check_prompt(model: Gemma4, ids: list[int], max_seq_len: int | None) -> int:
+    """The most tokens the context may hold. Raises ValueError if the prompt has more, or an unknown one."""
+    most, size = model.config.max_position_embeddings, model.config.vocab_size
+    limit = most if max_seq_len is None else max_seq_len
+    if len(ids) > limit:
+        fix = "shorten it" if limit >= most else f"shorten it or raise max_seq_len (the model allows {most})"
+        raise ValueError(f"the prompt has {len(ids)} tokens but the context holds {limit}; {fix}")
+    # The model checks too, but not on a GPU, where a wrong id ends the process's CUDA context.
+    if wrong := [i for i in ids if not 0 <= i < size]:
+        raise ValueError(f"token id {wrong[0]} is outside the model's vocabulary of {size}")
+    return limit
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if amount and seconds > 0 else 0.0

@@ -1,0 +1,379 @@
+"""Turns an `engine.Report` into report.json, a self-contained report.html, and a table for the terminal."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity import budget, plots
+from parity.compare import Comparison, Divergence, TapResult
+from parity.engine import DTYPES, Case, Report
+
+FORMAT = "gemma4-parity-1"
+
+_PACKAGES = ("gemma4-parity", "torch", "transformers", "numpy", "safetensors", "tokenizers", "jax", "flax")
+_SHOWN_FLIPS = 50
+_SHOWN_RED = 12
+_NAMED_TAPS = 8
+
+
+def provenance(device: torch.device | str = "cpu", **more: Any) -> dict[str, Any]:
+    """What a reader needs in order to repeat a run: versions, machine, precision flags, command. `more` is added."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if cuda else str(device),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "precision": {
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            "cuda_tf32": torch.backends.cuda.matmul.allow_tf32,
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+            "bfloat16_reduced_sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        },
+    } | more
+
+
+def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The report as strict JSON: `json.dumps(..., allow_nan=False)` accepts it.
+
+    Infinities and NaN are the strings "inf", "-inf" and "nan", which `float` reads back; null means that there is
+    nothing (no local run, no first divergence). `k`, `floors` and, if `meta` has none, `created` are added to it."""
+    worst = report.worst
+    tap = worst.comparison.worst if worst else None
+    top1 = [c.comparison.logits.top1 for c in report.cases if c.dtype == "float32" and c.comparison.logits]
+    return _strict(
+        {
+            "format": FORMAT,
+            "meta": {
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                **meta,
+                "k": budget.K,
+                "floors": {name: budget.floor(dtype) for name, dtype in DTYPES.items()},
+            },
+            "summary": {
+                "cases": len(report.cases),
+                "red": len(report.red),
+                "worst_ratio": worst.comparison.worst_ratio if worst else None,
+                "worst": {
+                    "checkpoint": worst.checkpoint,
+                    "dtype": worst.dtype,
+                    "path": worst.path,
+                    "tap": tap.name if tap else None,
+                    "check": _decisive(tap) if tap else None,
+                }
+                if worst
+                else None,
+                "top1_float32": min(top1, default=None),
+            },
+            "cases": [_case(case) for case in report.cases],
+        }
+    )
+
+
+def write(report: Report, folder: str | Path, meta: Mapping[str, Any]) -> None:
+    """Writes report.json and report.html to `folder`, which is made if need be. Both are complete before either one
+    replaces an older one; on an error the older ones stay."""
+    folder = Path(folder)
+    data = to_json(report, meta)
+    texts = {
+        "report.json": json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n",
+        "report.html": to_html(report, data),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in texts}
+    try:
+        for name, text in texts.items():
+            # A folder name that is not Unicode reaches us as lone surrogates, which UTF-8 cannot hold.
+            temporary[name].write_text(text, encoding="utf-8", errors="backslashreplace")
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def to_html(report: Report, data: Mapping[str, Any]) -> str:
+    """The page for `data`, which is `to_json(report, ...)`; needs no other file and no network."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"sci": _sci, "ratio": _ratio}
+    groups = _groups(report)
+    paths = list(dict.fromkeys(case.path for case in report.cases))
+    colours = {path: i % plots.PATH_COLOURS for i, path in enumerate(paths)}
+    records = list(zip(report.cases, data["cases"], strict=True))
+    figures = [
+        {
+            "title": group.label,
+            "worst": _worst_of(group.cases, short=True),
+            "ratio": plots.ratio_by_depth(by_path, colours, f"{group.label}: error ratio by depth"),
+            "error": plots.error_by_depth(list(by_path.values()), f"{group.label}: error by depth"),
+        }
+        for group in groups
+        if (by_path := {case.path: case.comparison for case in group.cases if case.comparison.taps})
+    ]
+    return environment.get_template("report.html.j2").render(
+        meta=data["meta"],
+        summary=data["summary"],
+        k=budget.K,
+        paths=paths,
+        colours=colours,
+        groups=groups,
+        figures=figures,
+        heat_maps=_heat_maps(report),
+        red=[(_name(case), reasons(case)) for case in report.red],
+        level=_level,
+        short=_short,
+        decisive=lambda tap: max(tap["checks"], key=lambda name: float(tap["checks"][name]["ratio"])),
+        logits=[(group, _logits(group)) for group in groups],
+        routing=[(case, record["routing"]) for case, record in records if case.comparison.choices],
+        shown_flips=_SHOWN_FLIPS,
+        shown_red=_SHOWN_RED,
+        cases=[(_name(case), reasons(case), record) for case, record in records],
+    )
+
+
+def print_table(report: Report, console: Console) -> None:
+    """Worst ratio of every case, then a line for each reason why a case is red. Readable without colour."""
+    paths = list(dict.fromkeys(case.path for case in report.cases))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for path in paths:
+        table.add_column(path, justify="right", overflow="fold")
+    for group in _groups(report):
+        table.add_row(Text(group.label), *(_cell(group, path) for path in paths))
+    if report.cases:
+        console.print(table)
+    for case in report.red:
+        for reason in reasons(case):
+            console.print(Text(f"{_name(case)}: {reason}", style="red"), soft_wrap=True)
+    good = bool(report.cases) and not report.red
+    text = f"{len(report.cases)} cases" + (f", {len(report.red)} of them red (!)" if report.red else "")
+    if report.worst:
+        text += f"; budget {budget.K:g}, worst ratio {_worst_of(report.cases)}"
+    verdict = "green" if good else "red"
+    console.print(Text(f"{verdict}: {text}", style=f"bold {verdict}"), soft_wrap=True)
+
+
+def reasons(case: Case) -> list[str]:
+    """Why a case is red, a line each; empty if it is green."""
+    comparison = case.comparison
+    if not comparison.red:
+        return []
+    out = []
+    if first := comparison.first_divergence:
+        out.append(
+            f"first divergence {first.tap}, row {first.row} position {first.position}, {_origin(first)} "
+            f"({first.check}: {_sci(first.error)}, allowed {_sci(first.allowed)})"
+        )
+    if not comparison.taps:
+        out.append("no taps captured")
+    if comparison.missing:
+        named = ", ".join(comparison.missing[:_NAMED_TAPS])
+        more = len(comparison.missing) - _NAMED_TAPS
+        out.append(f"missing: {named}" + (f" and {more} more" if more > 0 else ""))
+    if bugs := comparison.bugs:
+        worst = max(bugs, key=lambda flip: flip.margin)
+        out.append(
+            f"routing: {len(bugs)} of {comparison.choices} choices flipped and no tie, worst in layer {worst.layer}, "
+            f"row {worst.row} position {worst.position} (margin: {_sci(worst.margin)}, allowed {_sci(worst.allowed)})"
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A line of the summary: the cases of one checkpoint, dtype and candidate."""
+
+    label: str
+    cases: list[Case]
+
+    def get(self, path: str) -> Case | None:
+        return next((case for case in self.cases if case.path == path), None)
+
+
+def _groups(report: Report) -> list[_Group]:
+    several = len({(case.candidate, case.reference) for case in report.cases}) > 1
+    groups: dict[tuple, list[Case]] = {}
+    for case in report.cases:
+        groups.setdefault((case.checkpoint, case.dtype, case.candidate, case.reference), []).append(case)
+    return [
+        _Group(f"{checkpoint} {dtype}" + (f" {candidate}/{reference}" if several else ""), cases)
+        for (checkpoint, dtype, candidate, reference), cases in groups.items()
+    ]
+
+
+def _name(case: Case) -> str:
+    return f"{case.checkpoint} {case.dtype} {case.path}"
+
+
+def _worst_of(cases: Sequence[Case], short: bool = False) -> str:
+    case = Report(list(cases)).worst
+    tap = case.comparison.worst
+    where = f"{tap.name} ({_decisive(tap)})" if tap else "no taps"
+    return f"{_ratio(case.comparison.worst_ratio)} at {case.path if short else _name(case)} {where}"
+
+
+def _case(case: Case) -> dict[str, Any]:
+    comparison = case.comparison
+    first = comparison.first_divergence
+    return {
+        "checkpoint": case.checkpoint,
+        "dtype": case.dtype,
+        "path": case.path,
+        "candidate": case.candidate,
+        "reference": case.reference,
+        "verdict": "red" if comparison.red else "green",
+        "worst_ratio": comparison.worst_ratio,
+        "worst_tap": comparison.worst.name if comparison.worst else None,
+        "first_divergence": dataclasses.asdict(first) if first else None,
+        "missing": comparison.missing,
+        "unexpected": comparison.unexpected,
+        "routing": {
+            "choices": comparison.choices,
+            "flips": [dataclasses.asdict(flip) | {"tie": flip.tie} for flip in comparison.flips],
+        },
+        "logits": dataclasses.asdict(comparison.logits) if comparison.logits else None,
+        "taps": [
+            {
+                "name": tap.name,
+                "shape": tap.shape,
+                "metrics": dataclasses.asdict(tap.metrics),
+                "local": dataclasses.asdict(tap.local) if tap.local else None,
+                "checks": {
+                    name: dataclasses.asdict(check) | {"ratio": check.ratio, "red": check.red}
+                    for name, check in tap.checks.items()
+                },
+                "ratio": tap.ratio,
+                "red": tap.red,
+            }
+            for tap in comparison.taps
+        ],
+    }
+
+
+def _strict(value: Any) -> Any:
+    """`value` with what JSON lacks written as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _decisive(tap: TapResult) -> str:
+    return max(tap.checks, key=lambda name: tap.checks[name].ratio)
+
+
+def _origin(first: Divergence) -> str:
+    return {"created": "created here", "inherited": "inherited", "unknown": "origin unknown"}[first.origin]
+
+
+def _short(case: Case) -> str:
+    """Why a case is red, in the few words that a cell holds."""
+    comparison = case.comparison
+    if first := comparison.first_divergence:
+        return f"{first.tap}, {_origin(first)}"
+    if comparison.missing or not comparison.taps:
+        return f"{len(comparison.missing)} taps missing" if comparison.missing else "no taps"
+    return f"{len(comparison.bugs)} routing flips"
+
+
+def _level(comparison: Comparison) -> str:
+    """How near to the budget: the style sheet's class of a cell."""
+    if comparison.red:
+        return "bad"
+    ratio = comparison.worst_ratio
+    return "best" if ratio <= 1 else "good" if ratio <= 0.75 * budget.K else "near"
+
+
+def _cell(group: _Group, path: str) -> Text:
+    case = group.get(path)
+    if not case:
+        return Text("-")
+    red = case.comparison.red
+    return Text(_ratio(case.comparison.worst_ratio) + "!" * red, style="bold red" if red else "green")
+
+
+def _logits(group: _Group) -> dict[str, float] | None:
+    """The worst of each figure over the paths."""
+    found = [case.comparison.logits for case in group.cases if case.comparison.logits]
+    if not found:
+        return None
+    worst = {"kl_mean": max, "kl_max": max, "top1": min, "top5": min}
+    return {name: pick(getattr(logits, name) for logits in found) for name, pick in worst.items()}
+
+
+def _heat_maps(report: Report) -> list[dict[str, Any]]:
+    """The first red case with its first divergence, and the case with the worst ratio if it is of another model."""
+    first = next((case for case in report.red if case.comparison.first_divergence), None)
+    worst = report.worst
+    wanted = [("first red case", first)] if first else []
+    # Two paths of one model mostly show the same thing.
+    if worst and not (first and (first.checkpoint, first.dtype) == (worst.checkpoint, worst.dtype)):
+        wanted.append(("worst case", worst))
+    out = []
+    for title, case in wanted:
+        if not case.comparison.taps:
+            continue
+        found, tap = case.comparison.first_divergence, case.comparison.worst
+        if found:
+            mark = (found.tap, found.row, found.position, f"first divergence\n{found.tap}\nposition {found.position}")
+        else:
+            row, position = (tap.local if _decisive(tap).startswith("local") else tap.metrics).worst_position
+            mark = (tap.name, row, position, f"largest ratio: {_ratio(tap.ratio)}\n{tap.name}\nposition {position}")
+        figure = plots.heat_map(case.comparison, mark, f"{_name(case)}: relative error by tap and position")
+        out.append({"title": title, "case": _name(case), "figure": figure})
+    return out
+
+
+def _sci(value: float | str | None) -> str:
+    """3.1e-3; JSON's strings for infinities and NaN are welcome too."""
+    if value is None:
+        return "-"
+    value = float(value)
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _ratio(value: float | str) -> str:
+    value = float(value)
+    if not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1000 else _sci(value)
