@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from gemma4_impl import names
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LISTED = 8
+_SAMPLED = 1024
 
 
 class CheckpointError(ValueError):
@@ -63,7 +66,7 @@ class Checkpoint:
             # A hub cache links its files elsewhere, so links are fine; a path in the index is not.
             if file != Path(file).name or "\\" in file or "\0" in file or file in ("", ".", ".."):
                 raise CheckpointError(f"{index}: {name!r} points outside the folder: {file!r}")
-            if not (self.path / file).is_file():
+            if not os.path.isfile(self.path / file):
                 raise FileNotFoundError(f"{index}: {name!r} is in {file!r}, which does not exist")
             shards.setdefault(self.path / file, set()).add(name)
         if not shards:
@@ -112,10 +115,10 @@ class Checkpoint:
             digest.update(f"{name} {part.get_dtype()} {shape}\n".encode())
             if len(shape) == 0 or 0 in shape:
                 continue
-            for rows in (slice(0, 1), slice(shape[0] - 1, shape[0])):
-                edge = part[rows].contiguous().flatten()
-                edge = edge[:1024] if rows.start == 0 else edge[-1024:]
-                digest.update(edge.view(torch.uint8).numpy().tobytes())
+            rows = min(shape[0], math.ceil(_SAMPLED / math.prod(shape[1:])))
+            first, last = part[:rows].flatten()[:_SAMPLED], part[shape[0] - rows :].flatten()[-_SAMPLED:]
+            for edge in (first, last):
+                digest.update(edge.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -182,8 +185,8 @@ def _compare_names(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]],
 
 def _check_tied(checkpoint: Checkpoint) -> None:
     head, embedding = (checkpoint._slice(n) for n in ("lm_head.weight", "embed_tokens.weight"))
-    rows = head.get_shape()[0]
     same = head.get_shape() == embedding.get_shape()
+    rows = embedding.get_shape()[0]
     for start in range(0, rows if same else 0, 16_384):
         block = slice(start, min(start + 16_384, rows))
         same = same and torch.equal(head[block], embedding[block])

@@ -56,18 +56,24 @@ class Interrupted(KeyboardInterrupt):
 
 @torch.no_grad()
 def prefill(model: Gemma4, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
-    """Feeds tokens [B, T] to the cache in chunks of its `max_chunk`; returns the last column's logits [B, V].
+    """Feeds tokens [B, T] to the cache in chunks of its `max_chunk`; returns each row's last token's logits [B, V].
 
-    `positions` [B, T] marks padding with -1, which must be on the left. Raises ValueError as the model does."""
-    if positions is not None and (positions[:, -1] < 0).any():
-        raise ValueError("prefill: a row ends in padding; pad rows on the left")
+    `positions` [B, T] marks padding with -1, on either side. Raises ValueError for a row that is all padding, and as
+    the model does."""
     T, C = tokens.shape[1], cache.max_chunk
+    last = [T - 1] * len(tokens) if positions is None else positions.argmax(dim=1).tolist()
+    if positions is not None and bool((positions < 0).all(dim=1).any()):
+        raise ValueError("prefill: a row holds nothing but padding")
+    out = None
     for start in range(0, max(T, 1), C):
         chunk = slice(start, start + C)
-        last = start + C >= T
+        ends = [row for row, column in enumerate(last) if start <= column < start + C]
         at = None if positions is None else positions[:, chunk]
-        logits = model(tokens[:, chunk], at, cache=cache, logits="last" if last else "none")
-    return logits[:, -1]
+        logits = model(tokens[:, chunk], at, cache=cache, logits="last" if ends else "none")
+        if ends:
+            out = torch.empty_like(logits[:, -1]) if out is None else out
+            out[ends] = logits[ends, -1]
+    return out
 
 
 @torch.no_grad()

@@ -26,7 +26,9 @@ def tap_names(config: TextConfig) -> list[str]:
 
 
 class Recorder:
-    """Collects taps by absolute position, so that any chunking of the input fills the same tensors.
+    """Collects taps by absolute position, so that any chunking of the input fills the same tensors [B, length, ...].
+
+    NaN marks positions that were not computed; a computed NaN is kept as inf.
 
     Args:
         batch, length: rows and positions of the sequences being run.
@@ -62,7 +64,10 @@ class Recorder:
                 shape = (self.batch, self.length, *value.shape[2:])
                 self.values[name] = value.new_full(shape, torch.nan, device="cpu")
                 self.order.append(name)
-            self.values[name][rows.cpu(), at.cpu()] = value[rows, cols].detach().cpu()
+            # NaN means "not computed"; a NaN that was computed must stay an error.
+            self.values[name][rows.cpu(), at.cpu()] = (
+                value[rows, cols].detach().cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
+            )
         if name in self.forced:
             value = value.clone()
             value[rows, cols] = self.forced[name].to(value.device, value.dtype)[rows, at]

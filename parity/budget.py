@@ -31,13 +31,16 @@ class Check:
     @property
     def ratio(self) -> float:
         """K * error / allowed, so that the budget ends at K whatever the floor."""
+        if self.red and not math.isfinite(self.error):
+            return math.inf
         if self.error <= 0:
             return 0.0
         return K * self.error / self.allowed if self.allowed > 0 else math.inf
 
     @property
     def red(self) -> bool:
-        return not self.error <= self.allowed
+        """An infinite error is red whatever the reference does."""
+        return not (math.isfinite(self.error) and self.error <= self.allowed)
 
 
 def check(error: float, references: Sequence[float], floor: float) -> Check:

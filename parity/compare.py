@@ -1,7 +1,7 @@
 """Holds a candidate's taps against truth and reference: verdict by tap, first divergence, routing flips."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +79,9 @@ class Comparison:
 
     taps: list[TapResult]
     missing: list[str]
+    """Taps of the truth that the candidate lacks."""
+    partial: list[str]
+    """Taps that should reach every position and do not."""
     unexpected: list[str]
     logits: LogitMetrics | None
     choices: int = 0
@@ -100,7 +103,7 @@ class Comparison:
 
     @property
     def red(self) -> bool:
-        return not self.taps or bool(self.missing) or any(t.red for t in self.taps) or bool(self.bugs)
+        return not self.taps or any(t.red for t in self.taps) or any((self.missing, self.partial, self.bugs))
 
     @property
     def first_divergence(self) -> Divergence | None:
@@ -124,6 +127,7 @@ def compare(
     local: Taps | None = None,
     local_references: Sequence[Taps] = (),
     top_k: int | None = None,
+    may_be_partial: Callable[[str], bool] = lambda name: False,
 ) -> Comparison:
     """Judges every tap of `candidate` [B, L, ...] against `truth` [1 or B, L, ...].
 
@@ -131,6 +135,7 @@ def compare(
         references: the reference's own captures in `dtype`, one a variant (eager, sdpa); their error is the budget.
         local, local_references: the same with the truth forced into every tap, for the error created at each.
         top_k: experts a token, where `router` taps exist.
+        may_be_partial: names of taps that need not reach every position that the candidate's best one does.
     A reference's error is taken over the positions that the candidate reached.
     """
     results, heat = [], {}
@@ -156,9 +161,12 @@ def compare(
             allowed = 2 * (budget.K * max(m.max_abs for m in own) + budget.floor(dtype))
             choices += total.reached
             flips += _flips(int(name.split(".")[1]), c, t, top_k, allowed)
+    whole = max((result.metrics.reached for result in results), default=0)
+    short = [r.name for r in results if r.metrics.reached < whole and not may_be_partial(r.name)]
     return Comparison(
         taps=results,
         missing=[name for name in truth if name not in candidate],
+        partial=short,
         unexpected=[name for name in candidate if name not in truth],
         logits=measure_logits(candidate["logits"], truth["logits"]) if "logits" in candidate else None,
         choices=choices,

@@ -84,7 +84,14 @@ def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
         local=local,
         local_references=base.local_references,
         top_k=base.top_k,
+        may_be_partial=lambda name: path == "generate" and _after_the_cache(name, base.config),
     )
+
+
+def _after_the_cache(name: str, config: TextConfig) -> bool:
+    """Whether prefill computes this tap for the last position of a prompt only."""
+    layer = name.split(".")[1] if name.startswith("layers.") else None
+    return name in ("norm", "logits") or (layer is not None and int(layer) >= config.first_kv_shared_layer)
 
 
 @dataclass

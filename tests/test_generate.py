@@ -63,18 +63,21 @@ def test_prefill_gives_the_last_logits(loaded, chunk):
     tokens = torch.tensor([tokenizer.encode(PROMPT)])
     cache = model.make_cache(max_seq_len=64, max_chunk=chunk)
     logits = prefill(model, tokens, cache)
-    torch.testing.assert_close(logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-4)
+    whole = model(tokens)[:, -1]
+    # Nine layers of float32 rounding differ by 1e-6 to 5e-6 between two orders of the same sums.
+    assert (logits - whole).norm() < 1e-5 * whole.norm()
     assert cache.lengths == [tokens.shape[1]]
 
 
-def test_a_padded_batch_goes_on_like_its_rows(loaded):
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_batch_goes_on_like_its_rows(loaded, left):
     model, tokenizer = loaded("E4B")
     prompts = [tokenizer.encode(PROMPT), tokenizer.encode("What does it know?")]
     T = max(map(len, prompts))
     tokens, positions = torch.zeros(2, T, dtype=torch.long), torch.full((2, T), -1)
     for row, ids in enumerate(prompts):
-        tokens[row, T - len(ids) :] = torch.tensor(ids)
-        positions[row, T - len(ids) :] = torch.arange(len(ids))
+        at = slice(T - len(ids), T) if left else slice(0, len(ids))
+        tokens[row, at], positions[row, at] = torch.tensor(ids), torch.arange(len(ids))
     cache = model.make_cache(2, max_seq_len=64, max_chunk=7)
     token = prefill(model, tokens, cache, positions).argmax(dim=-1, keepdim=True)
     steps = [token]
@@ -84,11 +87,11 @@ def test_a_padded_batch_goes_on_like_its_rows(loaded):
         assert torch.cat(steps, dim=1)[row].tolist() == greedy(model, ids, 9)
 
 
-def test_prefill_refuses_padding_on_the_right_and_nothing(loaded):
+def test_prefill_refuses_padding_only_and_nothing(loaded):
     model, _ = loaded("E2B")
     cache = model.make_cache(max_seq_len=8)
-    with pytest.raises(ValueError, match="pad rows on the left"):
-        prefill(model, torch.tensor([[2, 0]]), cache, torch.tensor([[0, -1]]))
+    with pytest.raises(ValueError, match="nothing but padding"):
+        prefill(model, torch.tensor([[0, 0]]), cache, torch.tensor([[-1, -1]]))
     with pytest.raises(ValueError, match="T >= 1"):
         prefill(model, torch.zeros(1, 0, dtype=torch.long), cache)
 

@@ -91,10 +91,10 @@ class Gemma4(nn.Module):
             cache: read and appended to. Rows of different lengths are fine.
             logits: "last" gives [B, 1, V] of each row's last token and sends only that one through the KV-shared
                 layers; "none" stops after the last layer that fills the cache, and returns None.
-        Raises ValueError for a token id outside the vocabulary, or what the cache refuses.
+        Raises ValueError for a token id outside the vocabulary, shapes that do not match, or what the cache refuses.
         """
         config = self.config
-        self._check_tokens(tokens)
+        self._check_inputs(tokens, positions, cache)
         unpadded = positions is None
         start = 0
         if positions is None:
@@ -167,9 +167,14 @@ class Gemma4(nn.Module):
                 return "causal"
         return attention_mask(positions, keys.positions, window)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be [B, T] with T >= 1, got shape {tuple(tokens.shape)}")
+    def _check_inputs(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> None:
+        if tokens.dim() != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens must be [B, T] with B and T >= 1, got shape {tuple(tokens.shape)}")
+        if positions is not None and (positions.shape != tokens.shape or positions.dtype != torch.long):
+            got = f"{tuple(positions.shape)} {positions.dtype}"
+            raise ValueError(f"positions must be int64 of the tokens' shape {tuple(tokens.shape)}, got {got}")
+        if cache is not None and tokens.shape[0] != cache.batch_size:
+            raise ValueError(f"batch of {tokens.shape[0]} rows, but the cache was made for {cache.batch_size}")
         if torch.compiler.is_compiling() or tokens.device.type != "cpu":
             return
         low, high = (int(t) for t in tokens.aminmax())
