@@ -17,6 +17,7 @@ from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
 from gemma4_impl.taps import Recorder
 from reference.float64 import PromoteFloat32
+from reference.stream import streamed
 
 Attention = Literal["eager", "sdpa"]
 Taps = dict[str, Tensor]
@@ -31,6 +32,7 @@ class HFReference:
             dtype (the embedding scale) are rounded to `dtype` too; nothing else is.
         attention: transformers' eager or sdpa attention. The experts run eagerly with the former, and as
             transformers chooses with the latter.
+        stream: leave the weights on disk and load each layer as it runs: slower, and the memory of one layer.
     """
 
     def __init__(
@@ -41,10 +43,15 @@ class HFReference:
         truth: bool = False,
         attention: Attention = "eager",
         device: torch.device | str = "cpu",
+        stream: bool = False,
     ):
         self.config = TextConfig.from_file(path)
         self.dtype, self.truth, self.device = dtype, truth, torch.device(device)
-        self.model = _load(Path(path), dtype, self.device)
+        if stream:
+            compute = torch.float64 if truth else dtype
+            self.model = streamed(Path(path), dtype, compute, self.device)
+        else:
+            self.model = _load(Path(path), dtype, self.device)
         self.text = getattr(self.model.model, "language_model", self.model.model)
         if truth:
             self._to_float64()
