@@ -48,6 +48,7 @@ def tiny_command(variant: str, output: Path, multimodal: bool, hub_form: bool, s
 @click.option("--weights", type=click.Choice(DTYPES), help="With float64: round weights to this first.  [float32]")
 @click.option("--attention", type=click.Choice(("eager", "sdpa")), default="eager", help="With hf.")
 @click.option("--path", "cache_path", type=click.Choice(PATHS), default="full", help="With torch: the cache path.")
+@click.option("--stream", is_flag=True, help="With hf: leave the weights on disk, a layer in memory at a time.")
 @click.option("--routing", type=click.Path(path_type=Path), help="Tap file whose expert choices to follow.")
 @click.option("--taps", "glob", default="*", help="Only taps whose names match, such as 'layers.3.*'.")
 @_device
@@ -62,6 +63,7 @@ def capture_command(
     weights: str | None,
     attention: str,
     cache_path: str,
+    stream: bool,
     routing: Path | None,
     glob: str,
     device: str | None,
@@ -100,7 +102,9 @@ def capture_command(
         _need_transformers()
         from reference.hf import HFReference
 
-        reference = HFReference(checkpoint, rounded, truth=dtype == "float64", attention=attention, device=where)
+        reference = HFReference(
+            checkpoint, rounded, truth=dtype == "float64", attention=attention, device=where, stream=stream
+        )
         taps = reference.capture([sequence], glob=glob, routing=routes)
     else:
         from parity.candidate import TorchCandidate
@@ -181,6 +185,7 @@ def compare_command(candidate: Path, reference: Path, truth: Path | None) -> Non
 @_tokens
 @_prompt
 @_length
+@click.option("--stream", is_flag=True, help="Leave the reference's weights on disk, a layer in memory at a time.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/parity"))
 def parity_command(
     checkpoints: tuple[Path, ...],
@@ -190,6 +195,7 @@ def parity_command(
     tokens: str | None,
     prompt: str | None,
     length: int | None,
+    stream: bool,
     output: Path,
 ) -> None:
     """Prove the model in each of CHECKPOINTS, tap by tap; without any, tiny ones of every variant.
@@ -223,6 +229,7 @@ def parity_command(
                 dtypes,
                 paths,
                 where,
+                stream,
                 lambda what: progress.update(task, advance=1, description=what),
             )
     report.write(result, output, _meta(result, where))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parity import budget
 from parity.budget import Check
-from parity.metrics import LogitMetrics, Metrics, error_by_position, measure, measure_logits, pairs, reached
+from parity.metrics import LogitMetrics, Metrics, blocks, error_by_position, measure, measure_logits, reached
 
 Taps = Mapping[str, Tensor]
 
@@ -183,13 +183,13 @@ def _like(reference: Tensor, candidate: Tensor) -> Tensor:
 
 
 def _flips(layer: int, candidate: Tensor, truth: Tensor, top_k: int, allowed: float) -> list[Flip]:
-    c, t, where = pairs(candidate, truth)
-    chosen_c, chosen_t = (x.topk(top_k).indices.sort(-1).values for x in (c, t))
     out = []
-    for i in (chosen_c != chosen_t).any(-1).nonzero()[:, 0].tolist():
-        ranked = t[i].sort(descending=True).values
-        margin = float(ranked[top_k - 1] - ranked[top_k])
-        out.append(Flip(layer, int(where[i, 0]), int(where[i, 1]), margin, allowed))
+    for c, t, where in blocks(candidate, truth):
+        chosen_c, chosen_t = (x.topk(top_k).indices.sort(-1).values for x in (c, t))
+        for i in (chosen_c != chosen_t).any(-1).nonzero()[:, 0].tolist():
+            ranked = t[i].sort(descending=True).values
+            margin = float(ranked[top_k - 1] - ranked[top_k])
+            out.append(Flip(layer, int(where[i, 0]), int(where[i, 1]), margin, allowed))
     return out
 
 

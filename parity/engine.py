@@ -49,19 +49,24 @@ class Baseline:
 
 
 def baseline(
-    checkpoint: str | Path, tokens: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: str | Path,
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    stream: bool = False,
 ) -> Baseline:
     """Runs the reference: in float64 for the truth, then in `dtype`, free and with the truth forced into every tap.
 
-    One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter)."""
-    reference = HFReference(checkpoint, dtype, truth=True, device=device)
+    One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter). With `stream` it is
+    one layer, or the output head, of it."""
+    reference = HFReference(checkpoint, dtype, truth=True, device=device, stream=stream)
     config = reference.config
     truth = reference.capture([tokens])
     forced = {name: value for name, value in truth.items() if reference.forceable(name)}
     routing = routing_of(truth, config.top_k_experts if config.enable_moe_block else None)
     del reference
     gc.collect()
-    reference = HFReference(checkpoint, dtype, device=device)
+    reference = HFReference(checkpoint, dtype, device=device, stream=stream)
     free, local = [], []
     for attention in _VARIANTS:
         reference.use(attention)
@@ -117,6 +122,7 @@ def run(
     dtypes: Sequence[str] = tuple(DTYPES),
     paths: Sequence[str] = PATHS,
     device: torch.device | str = "cpu",
+    stream: bool = False,
     advance: Callable[[str], None] = lambda what: None,
 ) -> Report:
     """Every checkpoint (label -> folder) in every dtype through every path. `advance` is told what comes next."""
@@ -127,7 +133,7 @@ def run(
         report.inputs[label] = {"fingerprint": Checkpoint(path).fingerprint(), "tokens": sequence}
         for name in dtypes:
             advance(f"{label} {name} reference")
-            base = baseline(path, sequence, DTYPES[name], device)
+            base = baseline(path, sequence, DTYPES[name], device, stream)
             candidate = TorchCandidate(path, DTYPES[name], device)
             for cache_path in paths:
                 advance(f"{label} {name} {cache_path}")
