@@ -59,7 +59,9 @@ def baseline(
 
     One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter). With `stream` it is
     one layer, or the output head, of it."""
-    reference = HFReference(checkpoint, dtype, truth=True, device=device, stream=stream)
+    # Metal has no float64.
+    where = "cpu" if torch.device(device).type == "mps" else device
+    reference = HFReference(checkpoint, dtype, truth=True, device=where, stream=stream)
     config = reference.config
     truth = reference.capture([tokens])
     forced = {name: value for name, value in truth.items() if reference.forceable(name)}

@@ -44,7 +44,8 @@ _STYLE = {
     "ytick.color": _MUTED,
     "lines.solid_joinstyle": "round",
 }
-_POINTS = 72
+DENSE_TAPS = 200
+"""Above this many taps, the plots by depth show one point a layer: its largest value."""
 _LABELLED_TAPS = 120
 _LOG_ABOVE = 4
 """A ratio beyond this many budgets is drawn on a log scale."""
@@ -112,14 +113,14 @@ def ratio_by_depth(comparisons: Mapping[str, Comparison], colours: Mapping[str, 
             axes.set_ylim(0, max(1.25 * budget.K, 1.1 * top))
         limit = axes.get_ylim()[1]
         for path, line in lines.items():
-            x = np.arange(len(order))
-            colour = _path_colour(colours[path])
             clipped = np.where(np.isposinf(line), limit, line)
-            axes.plot(x, clipped, color=colour, linewidth=_width(order), alpha=0.9)
+            axes.plot(*_thin_line(order, clipped), color=_path_colour(colours[path]), linewidth=1.3, alpha=0.9)
             first = comparisons[path].first_divergence
             if first:
                 at = order.index(first.tap)
-                axes.plot(at, clipped[at], "X", color=_BAD, markersize=6, markeredgecolor=_PAGE, clip_on=False, zorder=5)
+                axes.plot(
+                    at, clipped[at], "X", color=_BAD, markersize=8, markeredgecolor=_PAGE, clip_on=False, zorder=5
+                )
         axes.axhline(budget.K, color=_BAD, linewidth=1, linestyle=(0, (5, 3)))
         axes.axhline(1, color=_MUTED, linewidth=0.6, linestyle=(0, (1, 2)))
         axes.yaxis.set_major_formatter(FuncFormatter(_power if log else lambda y, _: f"{y:g}"))
@@ -131,14 +132,14 @@ def error_by_depth(comparisons: Sequence[Comparison], label: str) -> Markup:
     """Relative error on a log scale, largest over the paths: accumulated and local, candidate and reference."""
     with matplotlib.rc_context(_STYLE):
         figure, axes, order = _depth_figure(comparisons)
-        x = np.arange(len(order))
         for check, colour in (("total", _TOTAL), ("local", _LOCAL)):
             for field, style in (("error", "-"), ("reference", (0, (2, 1.5)))):
                 values = [_by_tap(order, _errors(comparison, check, field)) for comparison in comparisons]
-                line = np.fmax.reduce([np.where(np.isfinite(v) & (v > 0), v, np.nan) for v in values])
+                x, line = _thin_line(order, np.fmax.reduce(values))
+                # A log axis has no place for zero and infinity: a gap in the line.
+                line = np.where(np.isfinite(line) & (line > 0), line, np.nan)
                 if not np.isnan(line).all():
-                    width = _width(order) * (1 if field == "error" else 0.8)
-                    axes.plot(x, line, color=colour, linewidth=width, linestyle=style, alpha=0.95)
+                    axes.plot(x, line, color=colour, linewidth=1.3 if style == "-" else 1, linestyle=style)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high < 100 * low else (1.0,), numticks=6))
@@ -159,14 +160,16 @@ def heat_map(comparison: Comparison, mark: tuple[str, int, int, str] | None, lab
         value = comparison.by_position[name].numpy()
         error[: value.shape[0], i, : value.shape[1]] = value
     finite = np.log10(error[np.isfinite(error) & (error > 0)])
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (-1.0, 0.0)
+    # A few lucky roundings must not take half of the scale.
+    low, high = (float(np.quantile(finite, 0.005)), float(finite.max())) if finite.size else (-1.0, 0.0)
     # A zero lies below the scale, an infinity above it; NaN stays transparent.
     values = np.log10(np.where(error == 0, 10.0 ** (low - 2), error))
-    # Few colours: the picture is half as large, and steps are easier to read off.
-    colormap = matplotlib.colormaps["viridis"].resampled(24).with_extremes(over="#d55e00", bad=(0, 0, 0, 0))
+    named = len(names) <= _LABELLED_TAPS
+    # With few colours a large and noisy picture takes half of the space.
+    colours = matplotlib.colormaps["viridis"].resampled(64 if named else 16)
+    colormap = colours.with_extremes(over="#d55e00", bad=(0, 0, 0, 0))
     norm = Normalize(low, max(high, low + 1e-3))
     with matplotlib.rc_context(_STYLE):
-        named = len(names) <= _LABELLED_TAPS
         height = max(2.0, 0.108 * len(names)) if named else min(10.0, 0.02 * len(names) + 2)
         width, left, right, bottom, gap = 12.0, 1.75 if named else 0.75, 0.85, 0.45, 0.25
         total = height + bottom + 0.3
@@ -202,7 +205,7 @@ def _label_taps(axes: Axes, names: list[str], shapes: Mapping, named: bool, firs
     if named:
         axes.set_yticks(range(len(names)), names, fontsize=6.2, family="monospace")
     elif first:
-        kept = _thin(found, int(height * _POINTS / 11))
+        kept = _thin(found, int(height * 72 / 11))
         axes.set_yticks([(b.start + b.end - 1) / 2 for b in kept], [f"layer {b.label}" for b in kept])
     else:
         axes.set_yticks([])
@@ -253,8 +256,17 @@ def _power(value: float, _: int) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
-def _width(order: Sequence[str]) -> float:
-    return 1.3 if len(order) <= _LABELLED_TAPS else 0.8
+def _thin_line(order: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a line by depth."""
+    x = np.arange(len(order), dtype=float)
+    if len(order) <= DENSE_TAPS:
+        return x, values
+    x, y, kept = x.copy(), values.copy(), np.ones(len(order), dtype=bool)
+    for block in blocks(order, {}):
+        x[block.start] = (block.start + block.end - 1) / 2
+        y[block.start] = np.fmax.reduce(values[block.start : block.end])
+        kept[block.start + 1 : block.end] = False
+    return x[kept], y[kept]
 
 
 def _by_tap(order: Sequence[str], values: Mapping[str, float]) -> np.ndarray:
@@ -273,11 +285,12 @@ def _svg(figure: Figure, label: str) -> Markup:
     """The figure as an <svg> element that fills its container; `label` is read out in its place."""
     buffer = io.StringIO()
     # The salt makes ids of clip paths differ between the figures of a page, and repeat from run to run.
-    with matplotlib.rc_context({"svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.hashsalt": ascii(label)}):
         figure.savefig(buffer, format="svg", transparent=False, facecolor="none")
     text = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :])
-    text = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    text = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace("\n", ""), text)
+    text = re.sub(r">\s+<", "><", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     colours = {value: name for name, value in _VARIABLES.items()}
     colours |= {_path_colour(i): f"path-{i}" for i in range(PATH_COLOURS)}

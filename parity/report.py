@@ -3,62 +3,29 @@
 import dataclasses
 import json
 import math
-import os
-import platform
-import shlex
-import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma4_impl.files import replacing
 from parity import budget, plots
 from parity.compare import Comparison, Divergence, TapResult
 from parity.engine import DTYPES, Case, Report
 
 FORMAT = "gemma4-parity-1"
 
-_PACKAGES = ("gemma4-parity", "torch", "transformers", "numpy", "safetensors", "tokenizers", "jax", "flax")
 _SHOWN_FLIPS = 50
 _SHOWN_RED = 12
 _NAMED_TAPS = 8
-
-
-def provenance(device: torch.device | str = "cpu", **more: Any) -> dict[str, Any]:
-    """What a reader needs in order to repeat a run: versions, machine, precision flags, command. `more` is added."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions,
-        "device": f"{device} ({torch.cuda.get_device_name(device)})" if cuda else str(device),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "precision": {
-            "float32_matmul": torch.get_float32_matmul_precision(),
-            "cuda_tf32": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-            "bfloat16_reduced_sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        },
-    } | more
+_LISTED_TAPS = 10
 
 
 def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,23 +68,13 @@ def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
 def write(report: Report, folder: str | Path, meta: Mapping[str, Any]) -> None:
     """Writes report.json and report.html to `folder`, which is made if need be. Both are complete before either one
     replaces an older one; on an error the older ones stay."""
-    folder = Path(folder)
     data = to_json(report, meta)
-    texts = {
-        "report.json": json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n",
-        "report.html": to_html(report, data),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{uuid.uuid4().hex}" for name in texts}
-    try:
-        for name, text in texts.items():
-            # A folder name that is not Unicode reaches us as lone surrogates, which UTF-8 cannot hold.
-            temporary[name].write_text(text, encoding="utf-8", errors="backslashreplace")
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")) + "\n"
+    page = to_html(report, data)
+    with replacing(Path(folder) / "report.json") as json_path, replacing(Path(folder) / "report.html") as html_path:
+        json_path.write_text(text, encoding="utf-8")
+        # A folder name that is not Unicode reaches us as lone surrogates, which UTF-8 cannot hold.
+        html_path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def to_html(report: Report, data: Mapping[str, Any]) -> str:
@@ -129,7 +86,7 @@ def to_html(report: Report, data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"sci": _sci, "ratio": _ratio}
+    environment.filters |= {"sci": _sci, "ratio": _ratio, "cosine": _cosine, "plain": _plain}
     groups = _groups(report)
     paths = list(dict.fromkeys(case.path for case in report.cases))
     colours = {path: i % plots.PATH_COLOURS for i, path in enumerate(paths)}
@@ -153,45 +110,71 @@ def to_html(report: Report, data: Mapping[str, Any]) -> str:
         groups=groups,
         figures=figures,
         heat_maps=_heat_maps(report),
-        red=[(_name(case), reasons(case)) for case in report.red],
+        red=[(_name(case), reasons(case.comparison)) for case in report.red],
         level=_level,
         short=_short,
         decisive=lambda tap: max(tap["checks"], key=lambda name: float(tap["checks"][name]["ratio"])),
         logits=[(group, _logits(group)) for group in groups],
-        routing=[(case, record["routing"]) for case, record in records if case.comparison.choices],
+        routing=[(_name(case), record["routing"]) for case, record in records if case.comparison.choices],
+        dense=plots.DENSE_TAPS,
         shown_flips=_SHOWN_FLIPS,
         shown_red=_SHOWN_RED,
-        cases=[(_name(case), reasons(case), record) for case, record in records],
+        cases=[(_name(case), reasons(case.comparison), record) for case, record in records],
     )
 
 
 def print_table(report: Report, console: Console) -> None:
     """Worst ratio of every case, then a line for each reason why a case is red. Readable without colour."""
     paths = list(dict.fromkeys(case.path for case in report.cases))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", overflow="fold")
-    for path in paths:
-        table.add_column(path, justify="right", overflow="fold")
+    table = _table("", *paths)
     for group in _groups(report):
         table.add_row(Text(group.label), *(_cell(group, path) for path in paths))
     if report.cases:
         console.print(table)
     for case in report.red:
-        for reason in reasons(case):
-            console.print(Text(f"{_name(case)}: {reason}", style="red"), soft_wrap=True)
-    good = bool(report.cases) and not report.red
+        for reason in reasons(case.comparison):
+            _line(console, f"{_name(case)}: {reason}", "red")
     text = f"{len(report.cases)} cases" + (f", {len(report.red)} of them red (!)" if report.red else "")
     if report.worst:
         text += f"; budget {budget.K:g}, worst ratio {_worst_of(report.cases)}"
-    verdict = "green" if good else "red"
-    console.print(Text(f"{verdict}: {text}", style=f"bold {verdict}"), soft_wrap=True)
+    verdict = "green" if report.cases and not report.red else "red"
+    _line(console, f"{verdict}: {text}", f"bold {verdict}")
 
 
-def reasons(case: Case) -> list[str]:
-    """Why a case is red, a line each; empty if it is green."""
-    comparison = case.comparison
-    if not comparison.red:
-        return []
+def print_verdict(comparison: Comparison, console: Console) -> None:
+    """The taps with the largest ratios, the reasons if it is red, and the verdict."""
+    table = _table("tap", "error", "reference", "allowed", "ratio", "of")
+    ranked = sorted(comparison.taps, key=lambda tap: tap.ratio, reverse=True)
+    for tap in ranked[:_LISTED_TAPS]:
+        name = _decisive(tap)
+        check = tap.checks[name]
+        figures = (_sci(check.error), _sci(check.reference), _sci(check.allowed), _ratio(check.ratio) + "!" * check.red)
+        table.add_row(Text(tap.name), *figures, name, style="red" if tap.red else None)
+    console.print(table)
+    for reason in reasons(comparison):
+        _line(console, reason, "red")
+    _unexpected(comparison, console)
+    verdict = "red" if comparison.red else "green"
+    text = f"{len(comparison.taps)} taps, worst ratio {_ratio(comparison.worst_ratio)}, budget {budget.K:g}"
+    _line(console, f"{verdict}: {text}", f"bold {verdict}")
+
+
+def print_differences(comparison: Comparison, console: Console) -> None:
+    """Every tap's difference from what it was compared with; no verdict."""
+    table = _table("tap", "rel. L2", "max abs.", "cosine", "worst at")
+    for tap in comparison.taps:
+        row, position = tap.metrics.worst_position
+        figures = (_sci(tap.metrics.rel_l2), _sci(tap.metrics.max_abs), _cosine(tap.metrics.cosine))
+        table.add_row(Text(tap.name), *figures, f"{row}, {position}")
+    console.print(table)
+    if comparison.missing:
+        _line(console, f"missing: {_named(comparison.missing)}")
+    _unexpected(comparison, console)
+    _line(console, f"{len(comparison.taps)} taps compared; without a truth there is no verdict", "bold")
+
+
+def reasons(comparison: Comparison) -> list[str]:
+    """Why it is red, a line each; empty if it is green."""
     out = []
     if first := comparison.first_divergence:
         out.append(
@@ -201,9 +184,9 @@ def reasons(case: Case) -> list[str]:
     if not comparison.taps:
         out.append("no taps captured")
     if comparison.missing:
-        named = ", ".join(comparison.missing[:_NAMED_TAPS])
-        more = len(comparison.missing) - _NAMED_TAPS
-        out.append(f"missing: {named}" + (f" and {more} more" if more > 0 else ""))
+        out.append(f"missing: {_named(comparison.missing)}")
+    if comparison.partial:
+        out.append(f"not at every position: {_named(comparison.partial)}")
     if bugs := comparison.bugs:
         worst = max(bugs, key=lambda flip: flip.margin)
         out.append(
@@ -225,24 +208,25 @@ class _Group:
 
 
 def _groups(report: Report) -> list[_Group]:
-    several = len({(case.candidate, case.reference) for case in report.cases}) > 1
-    groups: dict[tuple, list[Case]] = {}
+    groups: dict[str, list[Case]] = {}
     for case in report.cases:
-        groups.setdefault((case.checkpoint, case.dtype, case.candidate, case.reference), []).append(case)
-    return [
-        _Group(f"{checkpoint} {dtype}" + (f" {candidate}/{reference}" if several else ""), cases)
-        for (checkpoint, dtype, candidate, reference), cases in groups.items()
-    ]
+        groups.setdefault(f"{case.checkpoint} {case.dtype}{_pair(case)}", []).append(case)
+    return [_Group(label, cases) for label, cases in groups.items()]
+
+
+def _pair(case: Case) -> str:
+    usual = (case.candidate, case.reference) == ("torch", "hf")
+    return "" if usual else f" {case.candidate}/{case.reference}"
 
 
 def _name(case: Case) -> str:
-    return f"{case.checkpoint} {case.dtype} {case.path}"
+    return f"{case.checkpoint} {case.dtype}{_pair(case)} {case.path}"
 
 
 def _worst_of(cases: Sequence[Case], short: bool = False) -> str:
     case = Report(list(cases)).worst
     tap = case.comparison.worst
-    where = f"{tap.name} ({_decisive(tap)})" if tap else "no taps"
+    where = f"{tap.name} ({_decisive(tap)})" if tap else "(no taps)"
     return f"{_ratio(case.comparison.worst_ratio)} at {case.path if short else _name(case)} {where}"
 
 
@@ -260,6 +244,7 @@ def _case(case: Case) -> dict[str, Any]:
         "worst_tap": comparison.worst.name if comparison.worst else None,
         "first_divergence": dataclasses.asdict(first) if first else None,
         "missing": comparison.missing,
+        "partial": comparison.partial,
         "unexpected": comparison.unexpected,
         "routing": {
             "choices": comparison.choices,
@@ -300,16 +285,15 @@ def _decisive(tap: TapResult) -> str:
 
 
 def _origin(first: Divergence) -> str:
-    return {"created": "created here", "inherited": "inherited", "unknown": "origin unknown"}[first.origin]
+    return {"created": "created here", "unknown": "origin unknown"}.get(first.origin, first.origin)
 
 
-def _short(case: Case) -> str:
-    """Why a case is red, in the few words that a cell holds."""
-    comparison = case.comparison
+def _short(comparison: Comparison) -> str:
+    """Why it is red, in the few words that a cell holds."""
     if first := comparison.first_divergence:
         return f"{first.tap}, {_origin(first)}"
-    if comparison.missing or not comparison.taps:
-        return f"{len(comparison.missing)} taps missing" if comparison.missing else "no taps"
+    if comparison.missing or comparison.partial or not comparison.taps:
+        return f"{len(comparison.missing + comparison.partial)} taps incomplete" if comparison.taps else "no taps"
     return f"{len(comparison.bugs)} routing flips"
 
 
@@ -319,6 +303,29 @@ def _level(comparison: Comparison) -> str:
         return "bad"
     ratio = comparison.worst_ratio
     return "best" if ratio <= 1 else "good" if ratio <= 0.75 * budget.K else "near"
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+    """One line, however narrow the terminal: it can be searched for and copied."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _unexpected(comparison: Comparison, console: Console) -> None:
+    if comparison.unexpected:
+        _line(console, f"not compared, only the candidate has: {_named(comparison.unexpected)}")
+
+
+def _named(taps: Sequence[str]) -> str:
+    more = len(taps) - _NAMED_TAPS
+    return ", ".join(taps[:_NAMED_TAPS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _cell(group: _Group, path: str) -> Text:
@@ -348,7 +355,7 @@ def _heat_maps(report: Report) -> list[dict[str, Any]]:
         wanted.append(("worst case", worst))
     out = []
     for title, case in wanted:
-        if not case.comparison.taps:
+        if not (case.comparison.taps and case.comparison.by_position):
             continue
         found, tap = case.comparison.first_divergence, case.comparison.worst
         if found:
@@ -369,7 +376,7 @@ def _sci(value: float | str | None) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{mantissa}e{int(exponent)}" if int(exponent) else mantissa
 
 
 def _ratio(value: float | str) -> str:
@@ -377,3 +384,17 @@ def _ratio(value: float | str) -> str:
     if not math.isfinite(value):
         return f"{value:g}"
     return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1000 else _sci(value)
+
+
+def _cosine(value: float | str) -> str:
+    return f"{float(value):.6f}".rstrip("0").rstrip(".")
+
+
+def _plain(value: Any) -> str:
+    """A value of `meta` for a reader: long lists by their length."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        more = f", ... ({len(value)} in all)" if len(value) > 5 else ""
+        return ", ".join(map(_plain, value[:5])) + more
+    return str(value)

@@ -39,7 +39,7 @@ class KVCache(nn.Module):
         device: torch.device | str = "cpu",
     ):
         super().__init__()
-        for name, value in dict(batch_size=batch_size, max_seq_len=max_seq_len, max_chunk=max_chunk).items():
+        for name, value in {"batch_size": batch_size, "max_seq_len": max_seq_len, "max_chunk": max_chunk}.items():
             if value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if max_seq_len > config.max_position_embeddings:
@@ -53,7 +53,6 @@ class KVCache(nn.Module):
             FULL: max_seq_len,
         }
         self.lengths = [0] * batch_size
-        self._on_host = True
         with torch.device(device):
             for kind in dict.fromkeys(config.layer_types):
                 self.register_buffer(f"{kind}_positions", torch.full((batch_size, self.capacity[kind] + 1), -1))
@@ -91,8 +90,8 @@ class KVCache(nn.Module):
         length = positions.shape[1]
         if length > self.max_chunk:
             raise ValueError(f"chunk of {length} tokens exceeds the cache's max_chunk = {self.max_chunk}")
-        self._on_host = not torch.compiler.is_compiling()
-        if self._on_host:
+        on_host = not torch.compiler.is_compiling()
+        if on_host:
             self._advance(positions, unpadded)
         keys = {}
         for kind, capacity in self.capacity.items():
@@ -102,8 +101,8 @@ class KVCache(nn.Module):
             slots = torch.where(positions < 0, capacity, positions % capacity)
             # Padding goes to the last slot, whose position must stay -1: that is what `positions` holds there.
             stored.scatter_(1, slots, positions)
-            longest = max(self.lengths) if self._on_host else capacity
-            contiguous = unpadded and self._on_host and min(self.lengths) == longest <= capacity
+            longest = max(self.lengths) if on_host else capacity
+            contiguous = unpadded and on_host and min(self.lengths) == longest <= capacity
             keys[kind] = Keys(stored[:, : min(longest, capacity)], slots, contiguous)
         return keys
 
@@ -115,8 +114,9 @@ class KVCache(nn.Module):
             ends = []
             for row, (start, chunk) in enumerate(zip(self.lengths, positions.tolist(), strict=True)):
                 valid = [p for p in chunk if p >= 0]
-                if valid != list(range(start, start + len(valid))):
-                    wrong = next(p for p, expected in zip(valid, range(start, start + len(valid))) if p != expected)
+                expected = range(start, start + len(valid))
+                if valid != list(expected):
+                    wrong = next(p for p, e in zip(valid, expected, strict=True) if p != e)
                     raise ValueError(f"row {row}: position {wrong} does not continue the cache, which ends at {start}")
                 ends.append(start + len(valid))
         if max(ends) > self.max_seq_len:

@@ -116,6 +116,7 @@ class Gemma4(nn.Module):
             keys = {kind: Keys(positions, None, unpadded) for kind in self.rope}
         causal_from = start if unpadded else None
         masks = {kind: self._mask(kind, positions, keys[kind], causal_from) for kind in self.rope}
+        masks = {kind: _additive(mask, x.dtype) for kind, mask in masks.items()}
         rotary = {kind: rope(positions) for kind, rope in self.rope.items()}
 
         # 3. Layers
@@ -294,7 +295,7 @@ class Attention(nn.Module):
         return k, taps.tap(self.prefix, "v", self.v_norm(v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None) -> Tensor:
-        """q [B, N, T, H], k and v [B, K, S, H] -> [B, N, T, H]."""
+        """q [B, N, T, H], k and v [B, K, S, H], an additive mask [B, 1, T, S], "causal" or None -> [B, N, T, H]."""
         causal = isinstance(mask, str)
         gqa = k.shape[1] != q.shape[1]
         return F.scaled_dot_product_attention(
@@ -352,6 +353,11 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     if window is not None:
         visible &= k > q - window
     return visible | (q < 0)
+
+
+def _additive(mask: Tensor | str | None, dtype: torch.dtype) -> Tensor | str | None:
+    """0 where a bool mask is True, -inf elsewhere: made once, or every layer's attention makes its own."""
+    return torch.where(mask, 0.0, -torch.inf).to(dtype) if isinstance(mask, Tensor) else mask
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """x [B, T, D], weights and index [B, T, k] -> [B, T, D]. Tokens are sorted by expert, so that each expert
         is one matrix product; the weighted sum is in the dtype of `weights`."""
+        if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+            return self._static(x, weights, index)
         k, flat = index.shape[-1], index.flatten()
         order = flat.argsort(stable=True)
         token = order // k
@@ -65,3 +67,15 @@ class Experts(nn.Module):
                 gate, up = F.linear(rows, self.gate_up_proj[e]).chunk(2, dim=-1)
                 out.append(F.linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[e]))
         return torch.cat(out)
+
+    def _static(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """The same for a graph in a dtype that grouped_mm refuses there: a single token's own experts are gathered,
+        several tokens go through all experts, the unchosen ones with weight 0."""
+        if index.shape[1] == 1:
+            gate_up, down = self.gate_up_proj[index[:, 0]], self.down_proj[index[:, 0]]
+        else:
+            gate_up, down = self.gate_up_proj[None], self.down_proj[None]
+            weights = weights.new_zeros(*index.shape[:2], down.shape[1]).scatter(-1, index, weights)
+        gate, up = torch.einsum("btd,bkfd->btkf", x, gate_up).chunk(2, dim=-1)
+        h = F.gelu(gate, approximate="tanh") * up * weights[..., None]
+        return torch.einsum("btkf,bkdf->btd", h.type_as(x), down)

@@ -26,22 +26,25 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, rope: RopeParameters):
         super().__init__()
-        self.head_dim, self.parameters_ = head_dim, rope
+        self.head_dim, self.rope = head_dim, rope
         self.reset(torch.float32, torch.device("cpu"))
 
     def reset(self, dtype: torch.dtype, device: torch.device) -> None:
         """Recomputes the frequencies: no checkpoint holds them. Angles need float32 even in a bfloat16 model."""
-        wide = torch.promote_types(dtype, torch.float32)
-        frequencies = inverse_frequencies(self.head_dim, self.parameters_).to(wide)
-        self.register_buffer("inv_freq", torch.cat([frequencies, frequencies]).to(device), persistent=False)
+        self.turn(inverse_frequencies(self.head_dim, self.rope).to(device, torch.promote_types(dtype, torch.float32)))
+
+    def turn(self, frequencies: Tensor) -> None:
+        """Sets the frequencies [H / 2]. The first half of the dims turns the other way: that is where the rotation's
+        minus sign is kept, so that applying it is one roll and two products."""
+        self.register_buffer("inv_freq", torch.cat([-frequencies, frequencies]), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, T] -> cos, sin [B, T, 1, H], at least float32. Padding (-1) is rotated as position 0."""
+        """positions [B, T] -> cos, sin [B, T, 1, H], at least float32; sin is negated in the first half of the dims.
+        Padding (-1) is rotated as position 0."""
         angles = positions.clamp(min=0)[:, :, None, None] * self.inv_freq
         return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, N, H] rotated in the dtype of cos, then rounded once to its own."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).type_as(x)
+    """x [B, T, N, H] rotated by what `RotaryEmbedding` gives, in that dtype, then rounded once to its own."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).type_as(x)

@@ -1,136 +1,20 @@
-"""Faults of embeddings, norms, MLP, experts, per-layer inputs and the head, as functions that put them into a loaded
-candidate. As in `_fault_attention.py`, instances are changed, never classes or modules."""
+"""Faults of the branches that some variants have: experts and per-layer inputs."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_impl import taps
-from gemma4_impl.model.decoder import MLP, DecoderLayer, Gemma4, RMSNorm
+from gemma4_impl.model.decoder import DecoderLayer, Gemma4, RMSNorm
 from gemma4_impl.model.moe import Experts, Router
-from parity._fault_attention import Inject, override
-from parity.candidate import TorchCandidate
+from parity.faults.fault import MOE, PLE, Fault, Inject, drop, each_layer, first, named, on_model, override, swap
 
-
-def each_layer(change: Callable[[DecoderLayer], None]) -> Inject:
-    def inject(candidate: TorchCandidate) -> None:
-        with torch.no_grad():
-            for layer in candidate.model.layers:
-                change(layer)
-
-    return inject
-
-
-def on_model(change: Callable[[Gemma4], Any]) -> Inject:
-    def inject(candidate: TorchCandidate) -> None:
-        with torch.no_grad():
-            change(candidate.model)
-
-    return inject
-
-
-def drop(name: str) -> Inject:
-    """Replaces this submodule by the identity, in every layer that has it."""
-    parent, _, leaf = name.rpartition(".")
-
-    def change(layer: DecoderLayer) -> None:
-        if hasattr(layer.get_submodule(parent), leaf):
-            setattr(layer.get_submodule(parent), leaf, nn.Identity())
-
-    return each_layer(change)
-
-
-def swap(first: str, second: str) -> Inject:
-    """Exchanges two submodules of every layer, such as `mlp.gate_proj` and `mlp.up_proj`."""
-    parent, _, a = first.rpartition(".")
-    b = second.rpartition(".")[2]
-
-    def change(layer: DecoderLayer) -> None:
-        module = layer.get_submodule(parent)
-        one, other = getattr(module, a), getattr(module, b)
-        setattr(module, a, other)
-        setattr(module, b, one)
-
-    return each_layer(change)
-
-
-def final(**fields: Any) -> Inject:
-    """Changes fields of the model's config that are read at every forward."""
-
-    def change(model: Gemma4) -> None:
-        model.config = replace(model.config, **fields)
-
-    return on_model(change)
-
-
-# Norms and residuals
-
-
-def norms(change: Callable[[RMSNorm], None]) -> Inject:
-    return on_model(lambda model: [change(m) for m in model.modules() if isinstance(m, RMSNorm)])
-
-
-def one_plus(norm: RMSNorm) -> None:
-    if norm.weight is not None:
-        norm.weight.add_(1)
-
-
-def loose_eps(norm: RMSNorm) -> None:
-    norm.eps = 1e-5
-
-
-def in_own_dtype(norm: RMSNorm) -> None:
-    def forward(self: RMSNorm, x: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return x if self.weight is None else x * self.weight
-
-    override(norm, "forward", forward)
-
-
-def llama_norm_names(layer: DecoderLayer) -> None:
-    layer.pre_feedforward_layernorm = layer.post_attention_layernorm
-    layer.post_attention_layernorm = nn.Identity()
-
-
-def normed_in_place(layer: DecoderLayer) -> None:
-    layer.pre_feedforward_layernorm.register_forward_hook(lambda norm, args, out: args[0].copy_(out))
-
-
-def scalar_on_branch(layer: DecoderLayer) -> None:
-    scalar = layer.layer_scalar.clone()
-    last = "post_per_layer_input_norm" if hasattr(layer, "per_layer_input_gate") else "post_feedforward_layernorm"
-    getattr(layer, last).register_forward_hook(lambda norm, args, out: out * scalar)
-    layer.layer_scalar.fill_(1)
-
-
-def scalar_before_ple(layer: DecoderLayer) -> None:
-    scalar = layer.layer_scalar.clone()
-    # In place: the layer goes on adding to the tensor that the gate reads.
-    layer.per_layer_input_gate.register_forward_pre_hook(lambda gate, args: (args[0].mul_(scalar),))
-    layer.layer_scalar.fill_(1)
-
-
-# MLP and experts
-
-
-def mlp_activation(act: Callable[[Tensor], Tensor]) -> Inject:
-    def forward(self: MLP, x: Tensor) -> Tensor:
-        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
-
-    return each_layer(lambda layer: override(layer.mlp, "forward", forward))
-
-
-def single_width(candidate: TorchCandidate) -> None:
-    width = candidate.config.intermediate_size
-    for layer in candidate.model.layers:
-        mlp = layer.mlp
-        mlp.gate_proj.weight = nn.Parameter(mlp.gate_proj.weight[:width].detach())
-        mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight[:width].detach())
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :width].detach())
+_MLP, _ROUTER, _EXPERTS, _RESID_MLP, _RESID_PLE = (
+    first(name) for name in ("mlp", "router", "experts", "resid_mlp", "resid_ple")
+)
+_INPUTS = named("per_layer_inputs")
 
 
 def experts_erf(layer: DecoderLayer) -> None:
@@ -187,9 +71,6 @@ def dense_branch_missing(layer: DecoderLayer) -> None:
         return self.post_feedforward_layernorm_2(taps.tap(self.prefix, "experts", sparse))
 
     override(layer, "feed_forward", feed_forward)
-
-
-# Per-layer inputs
 
 
 def unscaled_table(model: Gemma4) -> None:
@@ -268,25 +149,120 @@ def gate_activation(act: Callable[[Tensor], Tensor]) -> Inject:
     return each_layer(change)
 
 
-# Embedding and head
-
-
-def unscaled_embedding(model: Gemma4) -> None:
-    model.embed_tokens.scale = dict.fromkeys(model.embed_tokens.scale, 1.0)
-
-
-def unrounded_scale(model: Gemma4) -> None:
-    model.embed_tokens.scale = dict.fromkeys(model.embed_tokens.scale, model.config.hidden_size**0.5)
-
-
-def scale_in_tied_weight(model: Gemma4) -> None:
-    scale = model.config.hidden_size**0.5
-    model.lm_head.register_forward_hook(lambda head, args, scores: scores * scale)
-
-
-def no_final_norm(model: Gemma4) -> None:
-    override(model.norm, "forward", lambda self, x: x)
-
-
-def one_position_late(model: Gemma4) -> None:
-    model.lm_head.register_forward_hook(lambda head, args, scores: scores.roll(1, dims=1))
+BRANCHES = [
+    Fault(
+        "router_input_normed", "the router reads the experts' normed input", each_layer(router_of_normed), _ROUTER, MOE
+    ),
+    Fault(
+        "router_scale_missing",
+        "the router's scale vector is left out",
+        each_layer(lambda layer: layer.router.scale.fill_(1)),
+        _ROUTER,
+        MOE,
+    ),
+    Fault(
+        "router_root_missing",
+        "the router's D**-0.5 is left out",
+        each_layer(lambda layer: layer.router.scale.mul_(len(layer.router.scale) ** 0.5)),
+        _ROUTER,
+        MOE,
+    ),
+    Fault(
+        "router_not_renormalised",
+        "the chosen experts' probabilities are used as they are",
+        router_weights(not_renormalised),
+        _EXPERTS,
+        MOE,
+    ),
+    Fault(
+        "router_softmax_twice",
+        "a second softmax over the chosen probabilities instead of dividing by their sum",
+        router_weights(softmax_twice),
+        _EXPERTS,
+        MOE,
+    ),
+    Fault(
+        "per_expert_scale_missing",
+        "per_expert_scale is not applied",
+        each_layer(lambda layer: layer.router.per_expert_scale.fill_(1)),
+        _EXPERTS,
+        MOE,
+    ),
+    Fault(
+        "per_expert_scale_early",
+        "per_expert_scale is applied before the weights are renormalised",
+        router_weights(scaled_before_renormalising),
+        _EXPERTS,
+        MOE,
+    ),
+    Fault(
+        "moe_pre_norms_swapped",
+        "dense and sparse branch have each other's norm before them",
+        swap("pre_feedforward_layernorm", "pre_feedforward_layernorm_2"),
+        _MLP,
+        MOE,
+    ),
+    Fault(
+        "moe_post_norms_swapped",
+        "dense and sparse branch have each other's norm after them",
+        swap("post_feedforward_layernorm_1", "post_feedforward_layernorm_2"),
+        _RESID_MLP,
+        MOE,
+    ),
+    Fault(
+        "experts_input_raw", "experts read the residual un-normed", drop("pre_feedforward_layernorm_2"), _EXPERTS, MOE
+    ),
+    Fault("dense_branch_missing", "only the experts are added", each_layer(dense_branch_missing), _RESID_MLP, MOE),
+    Fault("experts_gelu_erf", "GELU by erf in the experts", each_layer(experts_erf), _EXPERTS, MOE),
+    Fault("experts_up_first", "gate_up_proj is read as up, then gate", each_layer(up_before_gate), _EXPERTS, MOE),
+    Fault(
+        "experts_alternate",
+        "gate_up_proj is read as alternating rows",
+        each_layer(gate_and_up_alternate),
+        _EXPERTS,
+        MOE,
+    ),
+    Fault(
+        "ple_sum_not_halved",
+        "2**-0.5 of the sum of context and identity is missing",
+        on_model(sum_not_halved),
+        _INPUTS,
+        PLE,
+    ),
+    Fault(
+        "ple_root_missing",
+        "D**-0.5 of the context is missing; the norm after it leaves a trace through its eps only",
+        on_model(lambda model: model.per_layer_model_projection.weight.mul_(model.config.hidden_size**0.5)),
+        _INPUTS,
+        PLE,
+    ),
+    Fault("ple_table_unscaled", "the per-layer table lacks its sqrt(ple)", on_model(unscaled_table), _INPUTS, PLE),
+    Fault("ple_table_layer_last", "the packed table row is read as [ple, L]", on_model(table_layer_last), _INPUTS, PLE),
+    Fault("ple_norm_packed", "the context is normed over all layers at once", on_model(packed_norm), _INPUTS, PLE),
+    Fault(
+        "ple_without_context",
+        "per-layer inputs are the token's identity only",
+        on_model(lambda model: model.per_layer_projection_norm.weight.zero_()),
+        _INPUTS,
+        PLE,
+    ),
+    Fault(
+        "ple_of_next_layer", "layer i is given the input of layer i + 1", on_model(ple_of_next_layer), _RESID_PLE, PLE
+    ),
+    Fault(
+        "ple_of_hidden_state",
+        "the context is projected from each layer's hidden state, not from the embedding",
+        on_model(ple_of_hidden_state),
+        named("layers.1.resid_ple"),
+        PLE,
+    ),
+    Fault(
+        "ple_gate_of_resid_mid",
+        "the gate reads the residual before the MLP",
+        each_layer(gate_of_resid_mid),
+        _RESID_PLE,
+        PLE,
+    ),
+    Fault("ple_gate_linear", "the gate has no activation", gate_activation(lambda gate: gate), _RESID_PLE, PLE),
+    Fault("ple_gate_erf", "GELU by erf in the gate", gate_activation(F.gelu), _RESID_PLE, PLE),
+]

@@ -1,0 +1,36 @@
+"""The fault catalogue: mistakes that porters make, each with the tap where the engine must find it."""
+
+from pathlib import Path
+
+from gemma4_impl.config import TextConfig
+from parity.candidate import TorchCandidate
+from parity.compare import Comparison
+from parity.engine import DTYPES, Baseline, baseline, judge
+from parity.faults.attention import ATTENTION
+from parity.faults.blocks import BLOCKS
+from parity.faults.branches import BRANCHES
+from parity.faults.fault import Fault
+from parity.faults.masks import MASKS
+from parity.inputs import default_tokens
+
+__all__ = ["FAULTS", "Fault", "baseline_of", "find"]
+
+FAULTS = {fault.name: fault for fault in (*BLOCKS, *ATTENTION, *MASKS, *BRANCHES)}
+"""By name. None is here that the engine cannot see: a norm computed in bfloat16, say, stays within twice the
+rounding that transformers makes itself."""
+
+
+def baseline_of(fault: Fault, checkpoint: str | Path) -> Baseline:
+    """What `find` holds the fault against: in its dtype, on as many tokens as it takes to show."""
+    tokens = default_tokens(TextConfig.from_file(checkpoint), Path(checkpoint), fault.length)
+    return baseline(checkpoint, tokens, DTYPES[fault.dtype])
+
+
+def find(fault: Fault, checkpoint: str | Path, base: Baseline | None = None) -> Comparison:
+    """Loads the candidate, puts the fault in, and judges it through the fault's path.
+
+    `base` is what `baseline_of` gives, and is made here if absent."""
+    base = base or baseline_of(fault, checkpoint)
+    candidate = TorchCandidate(checkpoint, base.dtype)
+    fault.inject(candidate)
+    return judge(candidate, base, fault.path)
