@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Two tests at a time must not fight for the same cores; benchmarks set their own.
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+# On models this small, threads mostly wait for each other; benchmarks set their own number.
+torch.set_num_threads(1)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -54,7 +54,7 @@ class Interrupted(KeyboardInterrupt):
         self.generation = generation
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model: Gemma4, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
     """Feeds tokens [B, T] to the cache in chunks of its `max_chunk`; returns each row's last token's logits [B, V].
 
@@ -76,7 +76,7 @@ def prefill(model: Gemma4, tokens: Tensor, cache: KVCache, positions: Tensor | N
     return out
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode_one_token(
     model: Gemma4,
     token: Tensor,
@@ -89,7 +89,7 @@ def decode_one_token(
     return _draw(logits[:, -1], sampling or Sampling(temperature=0), generator)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Gemma4,
     tokenizer: Tokenizer,

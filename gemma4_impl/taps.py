@@ -50,24 +50,24 @@ class Recorder:
         self.forced, self.routing = forced or {}, routing or {}
         self.values: dict[str, Tensor] = {}
         self.order: list[str] = []
-        self._positions: Tensor | None = None
 
     def at(self, positions: Tensor) -> None:
-        self._positions = positions
         self._rows, self._cols = (positions >= 0).nonzero(as_tuple=True)
         self._at = positions[self._rows, self._cols]
 
+    # What is stored outlives the forward, which may run in inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def record(self, name: str, value: Tensor) -> Tensor:
-        rows, cols, at = self._rows.to(value.device), self._cols.to(value.device), self._at.to(value.device)
+        rows, cols, at = (index.to(value.device) for index in (self._rows, self._cols, self._at))
         if fnmatchcase(name, self.glob):
             if name not in self.values:
                 shape = (self.batch, self.length, *value.shape[2:])
                 self.values[name] = value.new_full(shape, torch.nan, device="cpu")
                 self.order.append(name)
             # NaN means "not computed"; a NaN that was computed must stay an error.
-            self.values[name][rows.cpu(), at.cpu()] = (
-                value[rows, cols].detach().cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
-            )
+            new = value[rows, cols].detach().cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
+            self.values[name][self._rows.cpu(), self._at.cpu()] = new
         if name in self.forced:
             value = value.clone()
             value[rows, cols] = self.forced[name].to(value.device, value.dtype)[rows, at]
@@ -76,7 +76,7 @@ class Recorder:
     def route(self, prefix: str, index: Tensor) -> Tensor:
         if prefix not in self.routing:
             return index
-        rows, cols, at = self._rows.to(index.device), self._cols.to(index.device), self._at.to(index.device)
+        rows, cols, at = (where.to(index.device) for where in (self._rows, self._cols, self._at))
         index = index.clone()
         index[rows, cols] = self.routing[prefix].to(index.device)[rows, at]
         return index

@@ -58,7 +58,7 @@ def check_local(
     candidate: Metrics, references: Sequence[Metrics], dtype: torch.dtype, features: int
 ) -> dict[str, Check]:
     """The error created since the previous taps, which were given the truth: in all, at the worst position, and as
-    a change of scale.
+    a change of scale, of the whole tensor and of each position.
 
     The scale of a tensor of n independent roundings of size e wanders by e / sqrt(n); 16 of these are granted,
     because roundings of one matrix product are not independent."""
@@ -68,5 +68,6 @@ def check_local(
     return {
         "local": check(candidate.rel_l2, [m.rel_l2 for m in references], eps),
         "local_worst": check(candidate.worst_rel_l2, [m.worst_rel_l2 for m in references], 2 * eps),
+        "local_row_gain": check(candidate.row_gain, [m.row_gain for m in references], eps / math.sqrt(features)),
         "local_gain": check(abs(candidate.gain), [abs(m.gain) for m in references], wander),
     }

@@ -203,6 +203,7 @@ def parity_command(
     Exit code 0: everything is in budget; 1: something is not; 2: bad input. Writes report.html and report.json.
     """
     _need_transformers()
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -218,6 +219,8 @@ def parity_command(
             folders = dict(zip(_labels(checkpoints), checkpoints, strict=True))
         else:
             folders = {f"tiny {v}": make_tiny(v, Path(folder) / v) for v in VARIANTS}
+            # On models this small two threads mostly wait for each other.
+            torch.set_num_threads(1)
         dtypes, paths = dtypes or DTYPES[:2], paths or PATHS
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)

@@ -158,9 +158,8 @@ def compare(
         results.append(TapResult(name, tuple(c.shape), total, created, checks))
         heat[name] = error_by_position(c, t)
         if name.endswith(".router") and top_k:
-            allowed = 2 * (budget.K * max(m.max_abs for m in own) + budget.floor(dtype))
             choices += total.reached
-            flips += _flips(int(name.split(".")[1]), c, t, top_k, allowed)
+            flips += _flips(int(name.split(".")[1]), c, t, top_k, _overturned([r[name] for r in references], t, dtype))
     whole = max((result.metrics.reached for result in results), default=0)
     short = [r.name for r in results if r.metrics.reached < whole and not may_be_partial(r.name)]
     return Comparison(
@@ -182,14 +181,23 @@ def _like(reference: Tensor, candidate: Tensor) -> Tensor:
     return out
 
 
-def _flips(layer: int, candidate: Tensor, truth: Tensor, top_k: int, allowed: float) -> list[Flip]:
+def _overturned(references: Sequence[Tensor], truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1, L] margin between two probabilities that errors within budget can overturn at each position: twice K times
+    the reference's own largest error there (or its root mean square over the positions, if that is more), and floor."""
+    errors = torch.stack([(r.double() - truth).abs().amax(-1) for r in references]).amax(0)
+    typical = errors.square().nanmean().sqrt()
+    return 2 * (budget.K * errors.clamp(min=float(typical)) + budget.floor(dtype))
+
+
+def _flips(layer: int, candidate: Tensor, truth: Tensor, top_k: int, allowed: Tensor) -> list[Flip]:
     out = []
     for c, t, where in blocks(candidate, truth):
         chosen_c, chosen_t = (x.topk(top_k).indices.sort(-1).values for x in (c, t))
         for i in (chosen_c != chosen_t).any(-1).nonzero()[:, 0].tolist():
             ranked = t[i].sort(descending=True).values
-            margin = float(ranked[top_k - 1] - ranked[top_k])
-            out.append(Flip(layer, int(where[i, 0]), int(where[i, 1]), margin, allowed))
+            row, position = where[i].tolist()
+            margin, limit = float(ranked[top_k - 1] - ranked[top_k]), float(allowed[row % len(allowed), position])
+            out.append(Flip(layer, row, position, margin, limit))
     return out
 
 

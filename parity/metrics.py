@@ -22,6 +22,8 @@ class Metrics:
     gain: float
     """<c - t, t> / <t, t>: the part of the error that is a change of scale. Rounding averages out of it, a wrong
     constant does not."""
+    row_gain: float
+    """Root mean square over positions of each position's own gain: what a norm in too low a precision leaves."""
     worst_rel_l2: float
     """The largest |c - t| of one position, over the root mean square of |t| a position."""
     worst_position: tuple[int, int]
@@ -51,7 +53,7 @@ def blocks(candidate: Tensor, truth: Tensor) -> Iterator[tuple[Tensor, Tensor, T
 
 def measure(candidate: Tensor, truth: Tensor) -> Metrics:
     """Metrics of candidate [B, L, ...] against truth [B or 1, L, ...]. NaN or inf in a reached position gives inf."""
-    ee = tt = cc = ct = et = max_abs = 0.0
+    ee = tt = cc = ct = et = max_abs = gains = 0.0
     by_position, positions = [], []
     for c, t, where in blocks(candidate, truth):
         e = c - t
@@ -60,13 +62,14 @@ def measure(candidate: Tensor, truth: Tensor) -> Metrics:
         ee, tt, cc = ee + float((e * e).sum()), tt + float((t * t).sum()), cc + float((c * c).sum())
         ct, et = ct + float((c * t).sum()), et + float((e * t).sum())
         max_abs = max(max_abs, float(e.abs().max()))
+        gains += float(((e * t).sum(1) / (t * t).sum(1).clamp(min=1e-300)).square().sum())
     if not by_position:
-        return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, (0, 0), 0)
+        return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, math.inf, (0, 0), 0)
     errors, where = torch.cat(by_position), torch.cat(positions)
     worst = int(errors.argmax())
     at = (int(where[worst, 0]), int(where[worst, 1]))
     if not bool(errors.isfinite().all()):
-        return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, at, len(errors))
+        return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, math.inf, at, len(errors))
     rel = _ratio(math.sqrt(ee), math.sqrt(tt))
     return Metrics(
         rel_l2=rel,
@@ -74,6 +77,7 @@ def measure(candidate: Tensor, truth: Tensor) -> Metrics:
         cosine=_ratio(ct, math.sqrt(cc * tt)) if ee else 1.0,
         sqnr_db=math.inf if rel == 0 else -20 * math.log10(rel) if rel < math.inf else -math.inf,
         gain=_ratio(et, tt) if ee else 0.0,
+        row_gain=math.sqrt(gains / len(errors)),
         worst_rel_l2=_ratio(float(errors[worst]), math.sqrt(tt / len(errors))),
         worst_position=at,
         reached=len(errors),

@@ -1,10 +1,9 @@
 """The engine catches every fault of the catalogue and names the tap where it was put; it names none elsewhere."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from parity.candidate import PATHS, TorchCandidate
 from parity.engine import Baseline, judge
@@ -25,15 +24,6 @@ _CASES = [
 _HEALTHY = {(variant, f.dtype, f.path, f.length): f for f in FAULTS.values() for variant in f.variants}
 
 Bases = Callable[[Fault, str], Baseline]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On models this small, threads only wait for each other: five times slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

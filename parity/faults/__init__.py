@@ -16,7 +16,7 @@ from parity.inputs import default_tokens
 __all__ = ["FAULTS", "Fault", "baseline_of", "find"]
 
 FAULTS = {fault.name: fault for fault in (*BLOCKS, *ATTENTION, *MASKS, *BRANCHES)}
-"""By name. None is here that the engine cannot see: a norm computed in bfloat16, say, stays within twice the
+"""By name. None is here that the engine cannot see: a softmax computed in bfloat16, say, stays within twice the
 rounding that transformers makes itself."""
 
 

@@ -38,6 +38,13 @@ def loose_eps(norm: RMSNorm) -> None:
     norm.eps = 1e-5
 
 
+def in_its_own_dtype(norm: RMSNorm) -> None:
+    def forward(self: RMSNorm, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+    override(norm, "forward", forward)
+
+
 def llama_norm_names(layer: DecoderLayer) -> None:
     layer.pre_feedforward_layernorm = layer.post_attention_layernorm
     layer.post_attention_layernorm = nn.Identity()
@@ -108,6 +115,13 @@ def one_position_late(model: Gemma4) -> None:
 
 
 BLOCKS = [
+    Fault(
+        "final_norm_in_bfloat16",
+        "the last norm is computed in bfloat16 instead of float32",
+        on_model(lambda model: in_its_own_dtype(model.norm)),
+        named("norm"),
+        dtype="bfloat16",
+    ),
     Fault("embed_unscaled", "sqrt(D) is missing", on_model(unscaled_embedding), named("embed")),
     Fault(
         "embed_scale_unrounded",

@@ -105,7 +105,7 @@ def test_json_is_strict_and_has_every_case(any_report):
         }
         for tap in record["taps"]:
             assert set(tap) == {"name", "shape", "metrics", "local", "checks", "ratio", "red"}
-            assert set(tap["checks"]) == {"total", "local", "local_worst", "local_gain"}
+            assert set(tap["checks"]) == {"total", "local", "local_worst", "local_gain", "local_row_gain"}
             assert set(tap["checks"]["total"]) == {"error", "reference", "allowed", "ratio", "red"}
             assert {"rel_l2", "max_abs", "cosine", "sqnr_db", "worst_position"} <= set(tap["metrics"])
 
