@@ -154,10 +154,12 @@ class TextConfig:
     def from_file(cls, path: str | Path) -> "TextConfig":
         """Reads `config.json` (or the one in the folder `path`). Raises ConfigError, FileNotFoundError."""
         path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such folder; a checkpoint holds config.json and *.safetensors")
         if path.is_dir():
             path = path / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json and *.safetensors")
+            raise FileNotFoundError(f"{path}: no such file; a checkpoint holds config.json and *.safetensors")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -182,7 +184,7 @@ def _fields_of(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             out[key] = tuple(out[key]) if isinstance(out[key], list | tuple) else (out[key],)
     if "rope_parameters" in out:
         out["rope_parameters"] = _rope_of(out["rope_parameters"], source)
-    if raw.get("per_layer_config"):
+    if "per_layer_config" in raw:
         out.update(_flatten_per_layer(raw["per_layer_config"], out, source))
     # What transformers takes an absent key to mean.
     out = {"global_head_dim": 512, "hidden_size_per_layer_input": 256, "final_logit_softcapping": None} | out
@@ -207,9 +209,11 @@ def _rope_of(raw: Any, source: str) -> dict[str, RopeParameters]:
 
 
 def _flatten_per_layer(per_layer: Any, flat: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Folds `{"5": {"head_dim": 512, ...}}` into `global_head_dim` and `num_global_key_value_heads`."""
+    """Folds `{"5": {"head_dim": 512, ...}}` into `global_head_dim` and `num_global_key_value_heads`, which count for
+    nothing beside it."""
     layer_types = flat.get("layer_types", ())
     overrides: dict[int, dict[str, Any]] = {}
+    per_layer = {} if per_layer is None else per_layer
     if not isinstance(per_layer, Mapping):
         raise ConfigError(f"{source}: per_layer_config must be an object with one entry a layer")
     indices = {str(i): i for i in range(len(layer_types))}
@@ -229,7 +233,7 @@ def _flatten_per_layer(per_layer: Any, flat: Mapping[str, Any], source: str) -> 
     for i in full:
         if overrides.get(i, {}) != first:
             raise ConfigError(f"{source}: per_layer_config.{i} differs from layer {full[0]}'s; full layers must agree")
-    out: dict[str, Any] = {"global_head_dim": first.get("head_dim", flat.get("head_dim"))}
+    out = {"global_head_dim": first.get("head_dim", flat.get("head_dim")), "num_global_key_value_heads": None}
     if "num_key_value_heads" in first and first["num_key_value_heads"] != flat.get("num_key_value_heads"):
         if not flat.get("attention_k_eq_v"):
             raise ConfigError(f"{source}: per_layer_config.{full[0]}.num_key_value_heads needs attention_k_eq_v")

@@ -17,7 +17,7 @@ PATHS = ("full", "chunked", "decode", "generate", "left_padded", "right_padded")
 of the first half, as `gemma4 generate` runs it, then token by token. *_padded: the sequence and a prefix of it as one
 batch, padded on that side, in ragged chunks."""
 
-_RAGGED = (7, 1, 12, 3, 5, 2, 9)
+RAGGED = (7, 1, 12, 3, 5, 2, 9)
 
 
 class TorchCandidate:
@@ -37,7 +37,7 @@ class TorchCandidate:
         weights = weights or dtype
         self.model = Gemma4.from_pretrained(path, weights, device)
         self.config = self.model.config
-        self.chunks: Sequence[int] = _RAGGED
+        self.chunks: Sequence[int] = RAGGED
         """Sizes of the chunks that the chunked and padded paths feed, in turn."""
         if weights != dtype:
             self.model.to(dtype)

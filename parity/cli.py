@@ -27,13 +27,13 @@ _length = click.option("--length", type=click.IntRange(min=1), help="Tokens of t
 
 
 @cli.command("tiny")
-@click.argument("variant", type=click.Choice(VARIANTS, case_sensitive=False))
+@click.argument("variant", metavar="VARIANT", type=click.Choice(VARIANTS))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option("--multimodal", is_flag=True, help="As the text part of a multimodal checkpoint.")
 @click.option("--hub-form", is_flag=True, help="config.json in the flat form of hub checkpoints.")
 @click.option("--shards", type=click.IntRange(min=1), default=1)
 def tiny_command(variant: str, output: Path, multimodal: bool, hub_form: bool, shards: int) -> None:
-    """Make a tiny random checkpoint of VARIANT in Hugging Face format."""
+    """Make a tiny random checkpoint of VARIANT (E2B, E4B, 26B-A4B, 31B) in Hugging Face format."""
     _need_transformers()
     from reference.tiny import make_tiny
 

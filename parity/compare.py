@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parity import budget
 from parity.budget import Check
-from parity.metrics import LogitMetrics, Metrics, blocks, error_by_position, measure, measure_logits, reached
+from parity.metrics import LogitMetrics, Metrics, blocks, measure, measure_logits, measure_positions, reached
 
 Taps = Mapping[str, Tensor]
 
@@ -128,6 +128,7 @@ def compare(
     local_references: Sequence[Taps] = (),
     top_k: int | None = None,
     may_be_partial: Callable[[str], bool] = lambda name: False,
+    errors: dict[tuple[str, str], list[Metrics]] | None = None,
 ) -> Comparison:
     """Judges every tap of `candidate` [B, L, ...] against `truth` [1 or B, L, ...].
 
@@ -136,27 +137,37 @@ def compare(
         local, local_references: the same with the truth forced into every tap, for the error created at each.
         top_k: experts a token, where `router` taps exist.
         may_be_partial: names of taps that need not reach every position that the candidate's best one does.
+        errors: remembers the references' metrics over all positions from one call to the next.
     A reference's error is taken over the positions that the candidate reached.
     """
     results, heat = [], {}
     flips: list[Flip] = []
     choices = 0
+    errors = {} if errors is None else errors
+
+    def of_references(captures: Sequence[Taps], kind: str, name: str, like: Tensor) -> list[Metrics]:
+        everywhere = like.shape[0] == truth[name].shape[0] and bool(reached(like).all())
+        if not everywhere:
+            return [measure(_like(capture[name], like), truth[name]) for capture in captures]
+        if (kind, name) not in errors:
+            errors[kind, name] = [measure(capture[name], truth[name]) for capture in captures]
+        return errors[kind, name]
+
     for name, t in truth.items():
         if name not in candidate:
             continue
         c = candidate[name]
         if c.shape[1:] != t.shape[1:]:
             raise ValueError(f"{name}: the candidate has shape {list(c.shape)}, the truth {list(t.shape)}")
-        total = measure(c, t)
-        own = [measure(_like(reference[name], c), t) for reference in references]
+        total, heat[name] = measure_positions(c, t)
+        own = of_references(references, "total", name, c)
         checks = budget.check_total(total, own, dtype)
         created = None
         if local is not None:
             created = measure(local[name], t)
-            own_local = [measure(_like(reference[name], local[name]), t) for reference in local_references]
+            own_local = of_references(local_references, "local", name, local[name])
             checks |= budget.check_local(created, own_local, dtype, math.prod(c.shape[2:]))
         results.append(TapResult(name, tuple(c.shape), total, created, checks))
-        heat[name] = error_by_position(c, t)
         if name.endswith(".router") and top_k:
             choices += total.reached
             flips += _flips(int(name.split(".")[1]), c, t, top_k, _overturned([r[name] for r in references], t, dtype))

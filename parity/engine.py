@@ -10,12 +10,13 @@ import torch
 
 from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.config import TextConfig
-from parity.candidate import PATHS, TorchCandidate
+from parity.candidate import PATHS, RAGGED, TorchCandidate
 from parity.compare import Comparison, Taps, compare, routing_of
+from parity.metrics import Metrics
 from reference.hf import HFReference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_VARIANTS = ("eager", "sdpa")
+_CHUNKS = {"chunked": RAGGED, "left_padded": RAGGED, "right_padded": RAGGED, "decode": (1,), "generate": (1,)}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Baseline:
     local_references: list[Taps]
     forced: Taps
     routing: Taps
+    errors: dict[tuple[str, str], list[Metrics]] = field(default_factory=dict)
+    """What `compare` remembers of the references."""
 
     @property
     def top_k(self) -> int | None:
@@ -54,10 +57,13 @@ def baseline(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     stream: bool = False,
+    paths: Sequence[str] = PATHS,
 ) -> Baseline:
     """Runs the reference: in float64 for the truth, then in `dtype`, free and with the truth forced into every tap.
 
-    One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter). With `stream` it is
+    Its variants in `dtype` are transformers' eager and sdpa attention, and eager through its own cache in the chunks
+    that `paths` feed, because a product of few rows is rounded differently (not with `stream`, which would read the
+    weights for each chunk). One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter). With `stream` it is
     one layer, or the output head, of it."""
     # Metal has no float64.
     where = "cpu" if torch.device(device).type == "mps" else device
@@ -70,10 +76,11 @@ def baseline(
     gc.collect()
     reference = HFReference(checkpoint, dtype, device=device, stream=stream)
     free, local = [], []
-    for attention in _VARIANTS:
+    cached = [] if stream else dict.fromkeys(_CHUNKS[path] for path in paths if path in _CHUNKS)
+    for attention, chunks in [("eager", ()), ("sdpa", ()), *(("eager", chunks) for chunks in cached)]:
         reference.use(attention)
-        free.append(reference.capture([tokens], routing=routing))
-        local.append(reference.capture([tokens], routing=routing, forced=forced))
+        free.append(reference.capture([tokens], routing=routing, chunks=chunks))
+        local.append(reference.capture([tokens], routing=routing, forced=forced, chunks=chunks))
     return Baseline(dtype, config, list(tokens), truth, free, local, forced, routing)
 
 
@@ -91,6 +98,7 @@ def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
         local=local,
         local_references=base.local_references,
         top_k=base.top_k,
+        errors=base.errors,
         may_be_partial=lambda name: path == "generate" and _after_the_cache(name, base.config),
     )
 
@@ -135,7 +143,7 @@ def run(
         report.inputs[label] = {"fingerprint": Checkpoint(path).fingerprint(), "tokens": sequence}
         for name in dtypes:
             advance(f"{label} {name} reference")
-            base = baseline(path, sequence, DTYPES[name], device, stream)
+            base = baseline(path, sequence, DTYPES[name], device, stream, paths)
             candidate = TorchCandidate(path, DTYPES[name], device)
             for cache_path in paths:
                 advance(f"{label} {name} {cache_path}")

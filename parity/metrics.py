@@ -33,8 +33,8 @@ class Metrics:
 
 
 def reached(value: Tensor) -> Tensor:
-    """bool [B, L]: positions that a capture filled (the rest is NaN throughout)."""
-    return ~value.flatten(2).isnan().all(dim=-1)
+    """bool [B, L]: positions that a capture filled. The rest is NaN throughout, and a computed NaN is stored as inf."""
+    return ~value.flatten(2)[:, :, 0].isnan()
 
 
 def blocks(candidate: Tensor, truth: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -53,45 +53,48 @@ def blocks(candidate: Tensor, truth: Tensor) -> Iterator[tuple[Tensor, Tensor, T
 
 def measure(candidate: Tensor, truth: Tensor) -> Metrics:
     """Metrics of candidate [B, L, ...] against truth [B or 1, L, ...]. NaN or inf in a reached position gives inf."""
-    ee = tt = cc = ct = et = max_abs = gains = 0.0
-    by_position, positions = [], []
+    return measure_positions(candidate, truth)[0]
+
+
+def measure_positions(candidate: Tensor, truth: Tensor) -> tuple[Metrics, Tensor]:
+    """`measure`, and [B, L] |c - t| over the root mean square of |t| a position: NaN where the candidate has nothing."""
+    by_position = torch.full(candidate.shape[:2], torch.nan, dtype=torch.float64)
+    sums: list[Tensor] = []
+    max_abs = 0.0
     for c, t, where in blocks(candidate, truth):
         e = c - t
-        by_position.append(e.norm(dim=1).nan_to_num(math.inf))
-        positions.append(where)
-        ee, tt, cc = ee + float((e * e).sum()), tt + float((t * t).sum()), cc + float((c * c).sum())
-        ct, et = ct + float((c * t).sum()), et + float((e * t).sum())
-        max_abs = max(max_abs, float(e.abs().max()))
-        gains += float(((e * t).sum(1) / (t * t).sum(1).clamp(min=1e-300)).square().sum())
-    if not by_position:
-        return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, math.inf, (0, 0), 0)
-    errors, where = torch.cat(by_position), torch.cat(positions)
-    worst = int(errors.argmax())
-    at = (int(where[worst, 0]), int(where[worst, 1]))
-    if not bool(errors.isfinite().all()):
-        return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, math.inf, at, len(errors))
+        rows = torch.stack([torch.linalg.vecdot(x, y) for x, y in ((e, e), (t, t), (c, c), (c, t), (e, t))])
+        sums.append(rows)
+        max_abs = max(max_abs, float(torch.linalg.vector_norm(e, torch.inf)))
+        by_position[where[:, 0], where[:, 1]] = rows[0].sqrt().nan_to_num(torch.inf)
+    n = int((~by_position.isnan()).sum())
+    if not n:
+        return _infinite((0, 0), 0), by_position
+    worst = int(by_position.nan_to_num(-1.0, torch.inf).argmax())
+    at = divmod(worst, by_position.shape[1])
+    if not math.isfinite(by_position.flatten()[worst]):
+        return _infinite(at, n), by_position
+    by_row = torch.cat(sums, dim=1)
+    ee, tt, cc, ct, et = by_row.sum(dim=1).tolist()
     rel = _ratio(math.sqrt(ee), math.sqrt(tt))
-    return Metrics(
+    scale = math.sqrt(tt / n)
+    gains = (by_row[4] / by_row[1].clamp(min=1e-300)).square().mean().sqrt()
+    metrics = Metrics(
         rel_l2=rel,
         max_abs=max_abs,
         cosine=_ratio(ct, math.sqrt(cc * tt)) if ee else 1.0,
         sqnr_db=math.inf if rel == 0 else -20 * math.log10(rel) if rel < math.inf else -math.inf,
         gain=_ratio(et, tt) if ee else 0.0,
-        row_gain=math.sqrt(gains / len(errors)),
-        worst_rel_l2=_ratio(float(errors[worst]), math.sqrt(tt / len(errors))),
+        row_gain=float(gains),
+        worst_rel_l2=_ratio(float(by_position[at]), scale),
         worst_position=at,
-        reached=len(errors),
+        reached=n,
     )
+    return metrics, by_position / scale if scale else by_position
 
 
-def error_by_position(candidate: Tensor, truth: Tensor) -> Tensor:
-    """[B, L] |c - t| over the root mean square of |t| a position; NaN where the candidate has nothing."""
-    out = torch.full(candidate.shape[:2], torch.nan, dtype=torch.float64)
-    tt, n = 0.0, 0
-    for c, t, where in blocks(candidate, truth):
-        out[where[:, 0], where[:, 1]] = (c - t).norm(dim=1)
-        tt, n = tt + float((t * t).sum()), n + len(t)
-    return out / math.sqrt(tt / n) if tt else out
+def _infinite(at: tuple[int, int], n: int) -> Metrics:
+    return Metrics(math.inf, math.inf, 0.0, -math.inf, math.inf, math.inf, math.inf, at, n)
 
 
 @dataclass(frozen=True)

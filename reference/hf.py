@@ -1,5 +1,6 @@
 """Hugging Face's Gemma 4 behind the tap vocabulary, in float32, bfloat16, and true float64."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as hf
@@ -24,7 +25,7 @@ Taps = dict[str, Tensor]
 
 
 class HFReference:
-    """A checkpoint in transformers, run on one unpadded sequence at a time, always as a full forward.
+    """A checkpoint in transformers, run on one unpadded sequence at a time.
 
     Args:
         dtype: the dtype that weights are loaded in and, unless `truth`, computed in.
@@ -74,10 +75,12 @@ class HFReference:
         glob: str = "*",
         forced: Mapping[str, Tensor] | None = None,
         routing: Mapping[str, Tensor] | None = None,
+        chunks: Sequence[int] = (),
     ) -> Taps:
-        """Taps [B, L, ...] of every row's full forward, NaN past the row's end, in execution order.
+        """Taps [B, L, ...] of every row, NaN past the row's end, in execution order.
 
-        `forced` [B, L, ...] and `routing` [B, L, k] as in `taps.Recorder`."""
+        `forced` [B, L, ...] and `routing` [B, L, k] as in `taps.Recorder`. Each row is one forward, or goes through
+        transformers' own cache in chunks of these sizes, over and over."""
         out: Taps = {}
         length = max(len(row) for row in rows)
         for b, row in enumerate(rows):
@@ -92,15 +95,30 @@ class HFReference:
             tokens = torch.tensor([list(row)], device=self.device)
             mode = PromoteFloat32() if self.truth else nullcontext()
             with torch.no_grad(), taps.recording(recorder), mode:
-                taps.at(torch.arange(T, device=self.device)[None])
-                logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=0).logits
-                taps.tap("", "logits", logits)
+                self._forward(tokens, chunks)
             for name in recorder.order:
                 value = recorder.values[name]
                 if name not in out:
                     out[name] = value.new_full((len(rows), length, *value.shape[2:]), torch.nan)
                 out[name][b, :T] = value[0]
         return {name: out[name] for name in taps.tap_names(self.config) if name in out}
+
+    def _forward(self, tokens: Tensor, chunks: Sequence[int]) -> None:
+        cache = DynamicCache(config=self.model.config) if chunks else None
+        start, sizes = 0, itertools.cycle(chunks or [tokens.shape[1]])
+        while start < tokens.shape[1]:
+            part = tokens[:, start : start + next(sizes)]
+            positions = torch.arange(start, start + part.shape[1], device=self.device)[None]
+            taps.at(positions)
+            output = self.model(
+                input_ids=part,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=0,
+            )
+            taps.tap("", "logits", output.logits)
+            start += part.shape[1]
 
     def forceable(self, name: str) -> bool:
         """Whether `forced` reaches this tap: sums that transformers never hands to a module are read, not replaced."""
@@ -220,10 +238,11 @@ def _tapped(attend: Any) -> Any:
             prefix = f"layers.{module.layer_idx}.self_attn."
             query = taps.tap(prefix, "q", query.transpose(1, 2)).transpose(1, 2)
             if not module.is_kv_shared_layer:
-                for name, states in (("k", key), ("v", value)):
-                    tapped = taps.tap(prefix, name, states.transpose(1, 2)).transpose(1, 2)
-                    # In place, because the layers that share these keys and values read the same tensors.
-                    states.copy_(tapped)
+                # The new ones come after those of the cache. In place, because the cache holds these same tensors, and
+                # so do the layers that share them.
+                T = query.shape[2]
+                for name, states in (("k", key[:, :, -T:]), ("v", value[:, :, -T:])):
+                    states.copy_(taps.tap(prefix, name, states.transpose(1, 2)).transpose(1, 2))
         return attend(module, query, key, value, mask, **kwargs)
 
     return forward

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gemma4_impl.taps import Recorder
 from parity import budget
 from parity.compare import compare, routing_of
-from parity.metrics import error_by_position, measure, measure_logits
+from parity.metrics import measure, measure_logits, measure_positions
 
 T = torch.arange(1, 25, dtype=torch.float64).reshape(1, 6, 4)
 
@@ -36,7 +36,9 @@ def test_the_worst_position_is_found_and_named():
     assert m.worst_position == (0, 4)
     assert m.max_abs == 3
     assert m.worst_rel_l2 == pytest.approx(3 / (T.norm() / math.sqrt(6)))
-    assert int(error_by_position(c, T)[0].argmax()) == 4
+    by_position = measure_positions(c, T)[1]
+    assert int(by_position[0].argmax()) == 4
+    assert float(by_position.max()) == pytest.approx(m.worst_rel_l2)
 
 
 def test_unreached_positions_are_left_out_and_rows_share_the_truth():
@@ -46,6 +48,13 @@ def test_unreached_positions_are_left_out_and_rows_share_the_truth():
     m = measure(c, T)
     assert m.reached == 10
     assert m.worst_position == (1, 3)
+
+
+def test_the_size_of_a_block_does_not_matter(monkeypatch):
+    c = T + torch.randn(T.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = measure(c, T), measure_logits(c.repeat(1, 1, 2), T.repeat(1, 1, 2))
+    monkeypatch.setattr("parity.metrics._BLOCK", 5)
+    assert (measure(c, T), measure_logits(c.repeat(1, 1, 2), T.repeat(1, 1, 2))) == whole
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
