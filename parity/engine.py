@@ -63,8 +63,8 @@ def baseline(
 
     Its variants in `dtype` are transformers' eager and sdpa attention, and eager through its own cache in the chunks
     that `paths` feed, because a product of few rows is rounded differently (not with `stream`, which would read the
-    weights for each chunk). One copy of the model is held at a time; the float64 one is the largest (8 bytes a parameter). With `stream` it is
-    one layer, or the output head, of it."""
+    weights for each chunk). One copy of the model is held at a time; the float64 one is the largest (8 bytes a
+    parameter). With `stream` it is one layer, or the output head, of it."""
     # Metal has no float64.
     where = "cpu" if torch.device(device).type == "mps" else device
     reference = HFReference(checkpoint, dtype, truth=True, device=where, stream=stream)

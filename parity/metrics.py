@@ -33,8 +33,8 @@ class Metrics:
 
 
 def reached(value: Tensor) -> Tensor:
-    """bool [B, L]: positions that a capture filled. The rest is NaN throughout, and a computed NaN is stored as inf."""
-    return ~value.flatten(2)[:, :, 0].isnan()
+    """bool [B, L]: positions that a capture filled (the rest is NaN throughout)."""
+    return ~value.flatten(2).isnan().all(dim=-1)
 
 
 def blocks(candidate: Tensor, truth: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -57,7 +57,7 @@ def measure(candidate: Tensor, truth: Tensor) -> Metrics:
 
 
 def measure_positions(candidate: Tensor, truth: Tensor) -> tuple[Metrics, Tensor]:
-    """`measure`, and [B, L] |c - t| over the root mean square of |t| a position: NaN where the candidate has nothing."""
+    """`measure`, and [B, L] |c - t| over the root mean square of |t| a position (NaN where nothing was computed)."""
     by_position = torch.full(candidate.shape[:2], torch.nan, dtype=torch.float64)
     sums: list[Tensor] = []
     max_abs = 0.0

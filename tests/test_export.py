@@ -62,15 +62,13 @@ def test_programs_equal_the_model(variant, tiny, graph_branches):
     usual = [model(*chunk, eager_cache, "last") for chunk in chunks(tokens)]
     graph_branches()
     same = Step(model, same_cache)
-    global W
     for got, want, (chunk, positions) in zip(results, usual, chunks(tokens), strict=True):
-        x=same(chunk, positions); print(variant, error(got,x), error(got,want)); assert error(got,x)<1e-6; continue
-        # The same operations in the same order: any difference would be the exporter's.
-        assert error(got, same(chunk, positions)) <= 1e-6
-        # Eager attention sees only the slots in use; in float32 that rounds differently (2e-6 to 6e-6 measured).
+        # The same operations in the same order.
+        assert torch.equal(got, same(chunk, positions))
+        # Eager attention reads the slots in use only, and eager experts their own tokens only, which in float32 rounds
+        # differently: 6e-6 at most was measured, against 3e-6 between correct implementations.
         assert error(got, want) <= 2e-5
-    for (name, buffer), other in zip(cache.named_buffers(), same_cache.buffers(), strict=True):
-        assert torch.allclose(buffer, other, rtol=1e-4, atol=1e-5), name
+    assert all(torch.equal(*pair) for pair in zip(cache.buffers(), same_cache.buffers(), strict=True))
 
 
 # Small: 3 layers with every feature but k_eq_v on a shared layer, two rows.
