@@ -49,25 +49,26 @@ def check(error: float, references: Sequence[float], floor: float) -> Check:
     return Check(error, reference, K * reference + floor)
 
 
-def check_total(candidate: Metrics, references: Sequence[Metrics], dtype: torch.dtype) -> dict[str, Check]:
-    """The error accumulated from the input up to this tap."""
-    return {"total": check(candidate.rel_l2, [m.rel_l2 for m in references], floor(dtype))}
+def check_total(error: float, references: Sequence[float], dtype: torch.dtype) -> dict[str, Check]:
+    """The relative error accumulated from the input up to this tap."""
+    return {"total": check(error, references, floor(dtype))}
 
 
 def check_local(
-    candidate: Metrics, references: Sequence[Metrics], dtype: torch.dtype, features: int
+    candidate: Metrics, references: Sequence[Metrics], dtype: torch.dtype, features: int, worst: float
 ) -> dict[str, Check]:
     """The error created since the previous taps, which were given the truth: in all, at the worst position, and as
     a change of scale, of the whole tensor and of each position.
 
-    The scale of a tensor of n independent roundings of size e wanders by e / sqrt(n); 16 of these are granted,
-    because roundings of one matrix product are not independent."""
+    `worst` is the reference's own worst position in any layer's tap of this kind: an extreme needs a larger sample
+    than one tap. The scale of a tensor of n independent roundings of size e wanders by e / sqrt(n); 16 of these are
+    granted, because roundings of one matrix product are not independent."""
     eps = floor(dtype)
     noise = max(max(m.rel_l2 for m in references), eps)
     wander = _GAIN_SIGMAS * noise / math.sqrt(max(1, features * candidate.reached))
     return {
         "local": check(candidate.rel_l2, [m.rel_l2 for m in references], eps),
-        "local_worst": check(candidate.worst_rel_l2, [m.worst_rel_l2 for m in references], 2 * eps),
+        "local_worst": check(candidate.worst_rel_l2, [worst], 2 * eps),
         "local_row_gain": check(candidate.row_gain, [m.row_gain for m in references], eps / math.sqrt(features)),
         "local_gain": check(abs(candidate.gain), [abs(m.gain) for m in references], wander),
     }

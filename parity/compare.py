@@ -1,6 +1,7 @@
 """Holds a candidate's taps against truth and reference: verdict by tap, first divergence, routing flips."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -106,6 +107,12 @@ class Comparison:
         return not self.taps or any(t.red for t in self.taps) or any((self.missing, self.partial, self.bugs))
 
     @property
+    def only_accumulated(self) -> bool:
+        """Red, but by no error that was created at any one tap."""
+        others = any((not self.taps, self.missing, self.partial, self.bugs))
+        return self.red and not others and all(t.created is False for t in self.taps if t.red)
+
+    @property
     def first_divergence(self) -> Divergence | None:
         for tap in self.taps:
             if tap.red:
@@ -126,6 +133,7 @@ def compare(
     *,
     local: Taps | None = None,
     local_references: Sequence[Taps] = (),
+    draws: Sequence[Taps] = (),
     top_k: int | None = None,
     may_be_partial: Callable[[str], bool] = lambda name: False,
     errors: dict[tuple[str, str], list[Metrics]] | None = None,
@@ -135,15 +143,18 @@ def compare(
     Args:
         references: the reference's own captures in `dtype`, one a variant (eager, sdpa); their error is the budget.
         local, local_references: the same with the truth forced into every tap, for the error created at each.
+        draws: tap -> [1, L] |r - t| of further runs r of the reference, for the accumulated error only.
         top_k: experts a token, where `router` taps exist.
         may_be_partial: names of taps that need not reach every position that the candidate's best one does.
         errors: remembers the references' metrics over all positions from one call to the next.
     A reference's error is taken over the positions that the candidate reached.
     """
-    results, heat = [], {}
+    heat: dict[str, Tensor] = {}
     flips: list[Flip] = []
     choices = 0
     errors = {} if errors is None else errors
+    measured: list[tuple[str, Metrics, list[float], Metrics | None, list[Metrics]]] = []
+    worst: dict[str, float] = defaultdict(float)
 
     def of_references(captures: Sequence[Taps], kind: str, name: str, like: Tensor) -> list[Metrics]:
         everywhere = like.shape[0] == truth[name].shape[0] and bool(reached(like).all())
@@ -160,17 +171,27 @@ def compare(
         if c.shape[1:] != t.shape[1:]:
             raise ValueError(f"{name}: the candidate has shape {list(c.shape)}, the truth {list(t.shape)}")
         total, heat[name] = measure_positions(c, t)
-        own = of_references(references, "total", name, c)
-        checks = budget.check_total(total, own, dtype)
-        created = None
+        own = [m.rel_l2 for m in of_references(references, "total", name, c)]
+        if draws:
+            size = t.flatten(2).norm(dim=-1)
+            own += [_relative(draw[name], size, reached(c)) for draw in draws]
+        created, own_local = None, []
         if local is not None:
             created = measure(local[name], t)
             own_local = of_references(local_references, "local", name, local[name])
-            checks |= budget.check_local(created, own_local, dtype, math.prod(c.shape[2:]))
-        results.append(TapResult(name, tuple(c.shape), total, created, checks))
+            worst[_kind(name)] = max(worst[_kind(name)], *(m.worst_rel_l2 for m in own_local))
+        measured.append((name, total, own, created, own_local))
         if name.endswith(".router") and top_k:
             choices += total.reached
             flips += _flips(int(name.split(".")[1]), c, t, top_k, _overturned([r[name] for r in references], t, dtype))
+
+    results = []
+    for name, total, own, created, own_local in measured:
+        shape = tuple(candidate[name].shape)
+        checks = budget.check_total(total.rel_l2, own, dtype)
+        if created is not None:
+            checks |= budget.check_local(created, own_local, dtype, math.prod(shape[2:]), worst[_kind(name)])
+        results.append(TapResult(name, shape, total, created, checks))
     whole = max((result.metrics.reached for result in results), default=0)
     short = [r.name for r in results if r.metrics.reached < whole and not may_be_partial(r.name)]
     return Comparison(
@@ -183,6 +204,17 @@ def compare(
         flips=flips,
         by_position=heat,
     )
+
+
+def _kind(name: str) -> str:
+    """`layers.3.self_attn.q` -> `self_attn.q`."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def _relative(error: Tensor, size: Tensor, where: Tensor) -> float:
+    """Errors and sizes [1, L] a position -> relative error over the positions `where` [B, L]."""
+    e, t = (x.expand(where.shape)[where].square().sum() for x in (error, size))
+    return float((e / t).sqrt()) if t else 0.0
 
 
 def _like(reference: Tensor, candidate: Tensor) -> Tensor:

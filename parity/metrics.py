@@ -39,16 +39,17 @@ def reached(value: Tensor) -> Tensor:
 
 def blocks(candidate: Tensor, truth: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Float64 values [n, features] of both at the positions that the candidate reached, and those [n, 2]; a few
-    positions at a time, because the logits of a real model are gigabytes.
+    positions at a time, because the logits of a real model are gigabytes; on the GPU if there is one.
 
     The truth may have a single row: then every row of the candidate is a prefix of that sequence."""
     where = reached(candidate).nonzero()
     rows = where[:, 0] if truth.shape[0] == candidate.shape[0] else torch.zeros_like(where[:, 0])
     size = max(1, _BLOCK // max(1, math.prod(candidate.shape[2:])))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for at, row in zip(where.split(size), rows.split(size), strict=True):
         if len(at):
-            t = truth[row, at[:, 1]].flatten(1).double()
-            yield candidate[at[:, 0], at[:, 1]].flatten(1).double(), t, at
+            c, t = candidate[at[:, 0], at[:, 1]], truth[row, at[:, 1]]
+            yield c.flatten(1).to(device).double(), t.flatten(1).to(device).double(), at
 
 
 def measure(candidate: Tensor, truth: Tensor) -> Metrics:
@@ -64,9 +65,9 @@ def measure_positions(candidate: Tensor, truth: Tensor) -> tuple[Metrics, Tensor
     for c, t, where in blocks(candidate, truth):
         e = c - t
         rows = torch.stack([torch.linalg.vecdot(x, y) for x, y in ((e, e), (t, t), (c, c), (c, t), (e, t))])
-        sums.append(rows)
+        sums.append(rows.cpu())
         max_abs = max(max_abs, float(torch.linalg.vector_norm(e, torch.inf)))
-        by_position[where[:, 0], where[:, 1]] = rows[0].sqrt().nan_to_num(torch.inf)
+        by_position[where[:, 0], where[:, 1]] = sums[-1][0].sqrt().nan_to_num(torch.inf)
     n = int((~by_position.isnan()).sum())
     if not n:
         return _infinite((0, 0), 0), by_position
@@ -91,6 +92,14 @@ def measure_positions(candidate: Tensor, truth: Tensor) -> tuple[Metrics, Tensor
         reached=n,
     )
     return metrics, by_position / scale if scale else by_position
+
+
+def position_errors(candidate: Tensor, truth: Tensor) -> Tensor:
+    """[B, L] |c - t| of each position; NaN where the candidate has nothing."""
+    out = torch.full(candidate.shape[:2], torch.nan, dtype=torch.float64)
+    for c, t, where in blocks(candidate, truth):
+        out[where[:, 0], where[:, 1]] = (c - t).norm(dim=1).cpu()
+    return out
 
 
 def _infinite(at: tuple[int, int], n: int) -> Metrics:
