@@ -18,7 +18,7 @@ _NO_EFFECT = {
     "transformers_version", "initializer_range", "use_cache", "attention_dropout", "is_causal", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "id2label", "label2id",
     "chunk_size_feed_forward", "is_encoder_decoder", "model_type", "tie_encoder_decoder", "torchscript",
-    "use_bidirectional_attention", "keys_to_ignore_at_inference", "_attn_implementation", "quantization_config",
+    "use_bidirectional_attention", "keys_to_ignore_at_inference", "_attn_implementation",
 }  # fmt: skip
 
 
