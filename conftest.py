@@ -12,14 +12,13 @@ torch.set_num_threads(1)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`bench/` runs under --benchmark-only, or when it is named."""
-    bench = config.rootpath / "bench"
-    if collection_path != bench and bench not in collection_path.parents:
+    """Unless files are named, --benchmark-only collects `bench/` and nothing else, and other runs all but it."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
         return None
-    named = any(bench == p or bench in p.parents for p in (Path(a.split("::")[0]).absolute() for a in config.args))
-    from_testpaths = config.args_source is not pytest.Config.ArgsSource.ARGS
-    wanted = config.getoption("benchmark_only", False) or (named and not from_testpaths)
-    return None if wanted else True
+    bench = config.rootpath / "bench"
+    inside = collection_path == bench or bench in collection_path.parents
+    only = config.getoption("benchmark_only", False)
+    return None if inside == only or collection_path == config.rootpath else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

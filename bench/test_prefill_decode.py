@@ -2,6 +2,8 @@
 
 import functools
 import os
+import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,8 @@ SIZES = {
     },
 }
 BACKENDS = ("ours", "hf_eager", "hf_sdpa")
+VARIANTS = ("E2B", "26B-A4B", "31B")
+OPERATIONS = {"prefill": f"prefill {PROMPT} tokens", "decode": f"decode {NEW} tokens after {PROMPT}"}
 
 
 class Ours:
@@ -101,36 +105,59 @@ def _in_parity(runs, variant: str, size: str, backend: str) -> None:
     for name in {backend, "hf_eager"}:
         logits = torch.cat([runners[name].prefill(prompt)[:, None], runners[name].decode(rest)], dim=1)
         errors[name] = measure(logits, truth)
-    (check,) = check_total(errors[backend], [errors["hf_eager"]], torch.float32).values()
+    (check,) = check_total(errors[backend].rel_l2, [errors["hf_eager"].rel_l2], torch.float32).values()
     if check.red:
         pytest.fail(f"not in parity: rel-L2 {check.error:.2e}, allowed {check.allowed:.2e}; no time is published")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", ["E2B", "26B-A4B", "31B"])
-@pytest.mark.parametrize("size", SIZES)
-def test_prefill(benchmark, runs, size: str, variant: str, backend: str) -> None:
-    _in_parity(runs, variant, size, backend)
-    prompt, _, _, runners = runs(variant, size)
-    benchmark.group = f"prefill {PROMPT} tokens, {size} {variant}"
-    benchmark.extra_info.update(backend=backend, threads=torch.get_num_threads())
-    benchmark.pedantic(runners[backend].prefill, args=(prompt,), rounds=20, warmup_rounds=3)
-    benchmark.extra_info["tokens_per_second"] = PROMPT / benchmark.stats.stats.median
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", ["E2B", "26B-A4B", "31B"])
-@pytest.mark.parametrize("size", SIZES)
-def test_decode(benchmark, runs, size: str, variant: str, backend: str) -> None:
-    _in_parity(runs, variant, size, backend)
+def _timed(runs, size: str, variant: str, operation: str, backend: str):
+    """What to time, and what to call before each time."""
     prompt, rest, _, runners = runs(variant, size)
     runner = runners[backend]
-    benchmark.group = f"decode {NEW} tokens after {PROMPT}, {size} {variant}"
-    benchmark.extra_info.update(backend=backend, threads=torch.get_num_threads())
 
-    def setup():
+    def before() -> None:
         runner.prefill(prompt)
-        return (rest,), {}
 
-    benchmark.pedantic(runner.decode, setup=setup, rounds=10, warmup_rounds=2)
-    benchmark.extra_info["tokens_per_second"] = NEW / benchmark.stats.stats.median
+    if operation == "prefill":
+        return before, lambda: None
+    return lambda: runner.decode(rest), before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each(benchmark, runs, operation: str, size: str, variant: str, backend: str) -> None:
+    _in_parity(runs, variant, size, backend)
+    step, before = _timed(runs, size, variant, operation, backend)
+    benchmark.group = f"{OPERATIONS[operation]}, {size} {variant}"
+    benchmark.pedantic(step, setup=before, rounds=6, warmup_rounds=1)
+    tokens = PROMPT if operation == "prefill" else NEW
+    speed = tokens / benchmark.stats.stats.median
+    benchmark.extra_info.update(backend=backend, threads=torch.get_num_threads(), tokens_per_second=speed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_ratio(benchmark, runs, operation: str, size: str, variant: str) -> None:
+    """One after the other in every round, because a machine's speed changes from one second to the next."""
+    steps = {}
+    for backend in BACKENDS:
+        _in_parity(runs, variant, size, backend)
+        steps[backend] = _timed(runs, size, variant, operation, backend)
+    times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+
+    def alternate() -> None:
+        for backend, (step, before) in steps.items():
+            before()
+            start = time.perf_counter()
+            step()
+            times[backend].append(time.perf_counter() - start)
+
+    benchmark.group = f"{OPERATIONS[operation]}, ratios"
+    benchmark.pedantic(alternate, rounds=15 if operation == "prefill" or size == "tiny" else 8, warmup_rounds=1)
+    ours = times.pop("ours")
+    for backend, peer in times.items():
+        ratio = statistics.median(p / o for p, o in zip(peer, ours, strict=True))
+        benchmark.extra_info[f"{OPERATIONS[operation]}, {size} {variant}: times as fast as {backend}"] = ratio
