@@ -33,9 +33,10 @@ class Recorder:
     Args:
         batch, length: rows and positions of the sequences being run.
         glob: only taps whose name matches are kept.
-        forced: values [B, length, ...] that replace a tap's own value after it was recorded: what is recorded
-            downstream then shows only the error created there.
-        routing: [B, length, k] expert indices that replace the router's choice, by layer prefix (`layers.3.`).
+        forced: values [B, length, ...], on the CPU, that replace a tap's own value after it was recorded: what is
+            recorded downstream then shows only the error created there.
+        routing: expert indices [B, length, k], on the CPU, that replace the router's choice, by layer prefix
+            (`layers.3.`).
     """
 
     def __init__(
@@ -48,37 +49,47 @@ class Recorder:
     ):
         self.batch, self.length, self.glob = batch, length, glob
         self.forced, self.routing = forced or {}, routing or {}
-        self.values: dict[str, Tensor] = {}
         self.order: list[str] = []
+        self._events: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """tap -> [B, length, ...] on the CPU, of all that was recorded so far, in execution order."""
+        out = {}
+        for name in self.order:
+            rows, at, values = (torch.cat(parts).cpu() for parts in zip(*self._events[name], strict=True))
+            out[name] = values.new_full((self.batch, self.length, *values.shape[1:]), torch.nan)
+            # NaN means "not computed"; a NaN that was computed must stay an error.
+            out[name][rows, at] = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
+        return out
 
     def at(self, positions: Tensor) -> None:
-        self._rows, self._cols = (positions >= 0).nonzero(as_tuple=True)
-        self._at = positions[self._rows, self._cols]
+        rows, cols = (positions.cpu() >= 0).nonzero(as_tuple=True)
+        self._on_cpu = rows, positions.cpu()[rows, cols]
+        self._where = tuple(index.to(positions.device) for index in (rows, cols, self._on_cpu[1]))
 
     # What is stored outlives the forward, which may run in inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def record(self, name: str, value: Tensor) -> Tensor:
-        rows, cols, at = (index.to(value.device) for index in (self._rows, self._cols, self._at))
+        rows, cols, at = self._where
         if fnmatchcase(name, self.glob):
-            if name not in self.values:
-                shape = (self.batch, self.length, *value.shape[2:])
-                self.values[name] = value.new_full(shape, torch.nan, device="cpu")
+            if name not in self._events:
+                self._events[name] = []
                 self.order.append(name)
-            # NaN means "not computed"; a NaN that was computed must stay an error.
-            new = value[rows, cols].detach().cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
-            self.values[name][self._rows.cpu(), self._at.cpu()] = new
+            # Put together at the end: a copy to the CPU for each token and tap would take most of the time on a GPU.
+            self._events[name].append((rows, at, value[rows, cols].detach()))
         if name in self.forced:
             value = value.clone()
-            value[rows, cols] = self.forced[name].to(value.device, value.dtype)[rows, at]
+            value[rows, cols] = self.forced[name][self._on_cpu].to(value.device, value.dtype)
         return value
 
     def route(self, prefix: str, index: Tensor) -> Tensor:
         if prefix not in self.routing:
             return index
-        rows, cols, at = (where.to(index.device) for where in (self._rows, self._cols, self._at))
+        rows, cols, _ = self._where
         index = index.clone()
-        index[rows, cols] = self.routing[prefix].to(index.device)[rows, at]
+        index[rows, cols] = self.routing[prefix][self._on_cpu].to(index.device)
         return index
 
 

@@ -67,7 +67,8 @@ class TorchCandidate:
         recorder = Recorder(len(rows), len(tokens), glob, expand, routes)
         with taps.recording(recorder):
             self._run(rows, path)
-        return {name: recorder.values[name] for name in taps.tap_names(self.config) if name in recorder.values}
+        values = recorder.values
+        return {name: values[name] for name in taps.tap_names(self.config) if name in values}
 
     def _run(self, rows: list[list[int]], path: str) -> None:
         model, length = self.model, len(rows[0])

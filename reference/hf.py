@@ -96,8 +96,7 @@ class HFReference:
             mode = PromoteFloat32() if self.truth else nullcontext()
             with torch.no_grad(), taps.recording(recorder), mode:
                 self._forward(tokens, chunks)
-            for name in recorder.order:
-                value = recorder.values[name]
+            for name, value in recorder.values.items():
                 if name not in out:
                     out[name] = value.new_full((len(rows), length, *value.shape[2:]), torch.nan)
                 out[name][b, :T] = value[0]
