@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gemma4_impl.config import TextConfig
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.model.sampler import Sampling, sample
@@ -118,7 +119,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     ids = encode_prompt(tokenizer, prompt, chat)
-    limit = _check_prompt(model, ids, max_seq_len)
+    limit = check_prompt(model.config, ids, max_seq_len)
     capacity = max_seq_len or min(len(ids) + max_new_tokens, limit)
     cache = model.make_cache(1, max_seq_len=capacity, max_chunk=max_chunk)
     stop = tokenizer.stop_ids | set(model.config.eos_token_id)
@@ -218,9 +219,9 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None)
     return sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)[:, None]
 
 
-def _check_prompt(model: Gemma4, ids: list[int], max_seq_len: int | None) -> int:
+def check_prompt(config: TextConfig, ids: Sequence[int], max_seq_len: int | None = None) -> int:
     """The most tokens the context may hold. Raises ValueError if the prompt has more, or an unknown one."""
-    most, size = model.config.max_position_embeddings, model.config.vocab_size
+    most, size = config.max_position_embeddings, config.vocab_size
     limit = most if max_seq_len is None else max_seq_len
     if len(ids) > limit:
         fix = "shorten it" if limit >= most else f"shorten it or raise max_seq_len (the model allows {most})"

@@ -1,5 +1,6 @@
 """Our PyTorch model as a candidate: the same sequence through every cache path, with its taps."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +12,6 @@ from gemma4_impl.generate import prefill
 from gemma4_impl.model.decoder import Gemma4, ScaledEmbedding
 from gemma4_impl.model.rope import RotaryEmbedding
 from gemma4_impl.taps import Recorder
-
-PATHS = ("full", "chunked", "decode", "generate", "left_padded", "right_padded")
-"""full: one forward, no cache. chunked: ragged chunks through the cache. decode: token by token. generate: `prefill`
-of the first half, as `gemma4 generate` runs it, then token by token. *_padded: the sequence and a prefix of it as one
-batch, padded on that side, in ragged chunks."""
 
 RAGGED = (7, 1, 12, 3, 5, 2, 9)
 
@@ -88,14 +84,11 @@ class TorchCandidate:
         if path.endswith("_padded"):
             tokens, positions = _pad(rows, left=path == "left_padded", device=model.device)
         cache = model.make_cache(len(rows), length, max_chunk=max(self.chunks))
-        start = 0
+        start, sizes = 0, itertools.cycle(self.chunks)
         while start < length:
-            for size in self.chunks:
-                end = min(start + size, length)
-                if start < end:
-                    chunk = None if positions is None else positions[:, start:end]
-                    model(tokens[:, start:end], chunk, cache)
-                start = end
+            part = slice(start, start + next(sizes))
+            model(tokens[:, part], None if positions is None else positions[:, part], cache)
+            start = part.stop
 
 
 def _pad(rows: list[list[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma4_impl.cli import cli, parse_tokens, read_prompt, resolve_device
+from gemma4_impl.config import VARIANTS
+from parity import PATHS
 
 if TYPE_CHECKING:
     import torch
@@ -17,17 +19,19 @@ if TYPE_CHECKING:
     from parity.engine import Report
 
 DTYPES = ("float32", "bfloat16", "float64")
-VARIANTS = ("E2B", "E4B", "26B-A4B", "31B")
-PATHS = ("full", "chunked", "decode", "generate", "left_padded", "right_padded")
 
 _device = click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda if there is one, else cpu]")
 _tokens = click.option("--tokens", help="Token ids, such as 2,9259,236888.")
-_prompt = click.option("--prompt", help="A text instead of --tokens; '-' reads stdin.")
+_prompt = click.option(
+    "--prompt",
+    callback=lambda context, option, value: None if value is None else read_prompt(value),
+    help="A text instead of --tokens; '-' reads stdin.",
+)
 _length = click.option("--length", type=click.IntRange(min=1), help="Tokens of the built-in text.  [default: W + 48]")
 
 
 @cli.command("tiny")
-@click.argument("variant", metavar="VARIANT", type=click.Choice(VARIANTS))
+@click.argument("variant", metavar="VARIANT", type=click.Choice(tuple(VARIANTS)))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option("--multimodal", is_flag=True, help="As the text part of a multimodal checkpoint.")
 @click.option("--hub-form", is_flag=True, help="config.json in the flat form of hub checkpoints.")
@@ -123,7 +127,7 @@ def capture_command(
         device=_device_name(where),
         path=cache_path,
         routing=source,
-        top_k=top_k or 0,
+        top_k=top_k,
         versions=tapfile.versions(),
         precision=tapfile.precision_flags(),
     )
@@ -257,7 +261,7 @@ def _sequence(
     if tokens is not None:
         return check_tokens(config, parse_tokens(tokens))
     if prompt is not None:
-        return check_tokens(config, Tokenizer.from_pretrained(path).encode(read_prompt(prompt)))
+        return check_tokens(config, Tokenizer.from_pretrained(path).encode(prompt))
     return default_tokens(config, path, length)
 
 
@@ -271,8 +275,7 @@ def _check_checkpoint(path: Path, tokens: str | None, prompt: str | None, length
     checkpoint, config = Checkpoint(path), TextConfig.from_file(path)
     with torch.device("meta"):
         check_fits(Gemma4(config), checkpoint)
-    if prompt != "-":
-        _sequence(config, path, tokens, prompt, length)
+    _sequence(config, path, tokens, prompt, length)
 
 
 def _labels(paths: tuple[Path, ...]) -> list[str]:

@@ -156,10 +156,10 @@ def compare(
     measured: list[tuple[str, Metrics, list[float], Metrics | None, list[Metrics]]] = []
     worst: dict[str, float] = defaultdict(float)
 
-    def of_references(captures: Sequence[Taps], kind: str, name: str, like: Tensor) -> list[Metrics]:
-        everywhere = like.shape[0] == truth[name].shape[0] and bool(reached(like).all())
+    def of_references(captures: Sequence[Taps], kind: str, name: str, where: Tensor) -> list[Metrics]:
+        everywhere = where.shape[0] == truth[name].shape[0] and bool(where.all())
         if not everywhere:
-            return [measure(_like(capture[name], like), truth[name]) for capture in captures]
+            return [measure(_only(capture[name], where), truth[name]) for capture in captures]
         if (kind, name) not in errors:
             errors[kind, name] = [measure(capture[name], truth[name]) for capture in captures]
         return errors[kind, name]
@@ -171,14 +171,15 @@ def compare(
         if c.shape[1:] != t.shape[1:]:
             raise ValueError(f"{name}: the candidate has shape {list(c.shape)}, the truth {list(t.shape)}")
         total, heat[name] = measure_positions(c, t)
-        own = [m.rel_l2 for m in of_references(references, "total", name, c)]
+        where = reached(c)
+        own = [m.rel_l2 for m in of_references(references, "total", name, where)]
         if draws:
             size = t.flatten(2).norm(dim=-1)
-            own += [_relative(draw[name], size, reached(c)) for draw in draws]
+            own += [_relative(draw[name], size, where) for draw in draws]
         created, own_local = None, []
         if local is not None:
             created = measure(local[name], t)
-            own_local = of_references(local_references, "local", name, local[name])
+            own_local = of_references(local_references, "local", name, reached(local[name]))
             worst[_kind(name)] = max(worst[_kind(name)], *(m.worst_rel_l2 for m in own_local))
         measured.append((name, total, own, created, own_local))
         if name.endswith(".router") and top_k:
@@ -217,10 +218,10 @@ def _relative(error: Tensor, size: Tensor, where: Tensor) -> float:
     return float((e / t).sqrt()) if t else 0.0
 
 
-def _like(reference: Tensor, candidate: Tensor) -> Tensor:
-    """The reference [1 or B, L, ...] where the candidate [B, L, ...] has values, NaN elsewhere."""
-    out = reference.expand(candidate.shape[0], *reference.shape[1:]).clone()
-    out[~reached(candidate)] = torch.nan
+def _only(reference: Tensor, where: Tensor) -> Tensor:
+    """The reference [1 or B, L, ...] at the positions `where` [B, L], NaN elsewhere."""
+    out = reference.expand(where.shape[0], *reference.shape[1:]).clone()
+    out[~where] = torch.nan
     return out
 
 

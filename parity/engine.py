@@ -10,7 +10,8 @@ import torch
 
 from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.config import TextConfig
-from parity.candidate import PATHS, RAGGED, TorchCandidate
+from parity import PATHS
+from parity.candidate import RAGGED, TorchCandidate
 from parity.compare import Comparison, Taps, compare, routing_of
 from parity.metrics import Metrics, position_errors
 from reference.hf import HFReference
@@ -65,10 +66,6 @@ class Baseline:
             taps = reference.capture([self.tokens], routing=self.routing, forced=moved)
             self.draws.append({name: position_errors(taps[name], self.truth[name]) for name in taps})
 
-    @property
-    def top_k(self) -> int | None:
-        return self.config.top_k_experts if self.config.enable_moe_block else None
-
 
 _DRAWS = (4, 32)
 """How often the reference is run with its embedding moved by one roundoff, up or down at random: always, and before
@@ -95,7 +92,7 @@ def baseline(
     config = reference.config
     truth = reference.capture([tokens])
     forced = {name: value for name, value in truth.items() if reference.forceable(name)}
-    routing = routing_of(truth, config.top_k_experts if config.enable_moe_block else None)
+    routing = routing_of(truth, config.top_k_experts)
     del reference
     gc.collect()
     reference = HFReference(checkpoint, dtype, device=device, stream=stream)
@@ -127,7 +124,7 @@ def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
             local=local,
             local_references=base.local_references,
             draws=base.draws,
-            top_k=base.top_k,
+            top_k=base.config.top_k_experts,
             errors=base.errors,
             may_be_partial=lambda name: path == "generate" and _after_the_cache(name, base.config),
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from gemma4_impl.config import TextConfig
+from gemma4_impl.generate import check_prompt
 from gemma4_impl.tokenizer import Tokenizer
 
 _LEAST = 40
@@ -43,10 +44,5 @@ def check_tokens(config: TextConfig, tokens: list[int]) -> list[int]:
     """Returns `tokens`. Raises ValueError if there is none, one is unknown, or they exceed the context."""
     if not tokens:
         raise ValueError("no tokens: give at least one")
-    if len(tokens) > config.max_position_embeddings:
-        raise ValueError(
-            f"the prompt has {len(tokens)} tokens but the model's context holds {config.max_position_embeddings}"
-        )
-    if wrong := [t for t in tokens if not 0 <= t < config.vocab_size]:
-        raise ValueError(f"token id {wrong[0]} is outside the model's vocabulary of {config.vocab_size}")
+    check_prompt(config, tokens)
     return tokens

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from parity.candidate import PATHS, TorchCandidate
+from parity import PATHS
+from parity.candidate import TorchCandidate
 from parity.engine import Baseline, judge
 from parity.faults import FAULTS, Fault, baseline_of, find
 from parity.faults.attention import ATTENTION

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gemma4_impl.config import FULL, SLIDING
-from parity.candidate import PATHS, TorchCandidate
+from parity import PATHS
+from parity.candidate import TorchCandidate
 from parity.compare import Comparison
 from parity.engine import baseline, judge
 from reference.tiny import make_tiny

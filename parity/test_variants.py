@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gemma4_impl import taps
-from parity import budget, engine
-from parity.candidate import PATHS, TorchCandidate
+from parity import PATHS, budget, engine
+from parity.candidate import TorchCandidate
 from parity.inputs import default_tokens
 from reference.tiny import make_tiny
 

@@ -18,7 +18,7 @@ from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
 from gemma4_impl.taps import Recorder
 from reference.float64 import PromoteFloat32
-from reference.stream import streamed
+from reference.stream import set_frequencies, streamed
 
 Attention = Literal["eager", "sdpa"]
 Taps = dict[str, Tensor]
@@ -130,12 +130,8 @@ class HFReference:
             if isinstance(module, hf.Gemma4TextScaledWordEmbedding):
                 scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64).to(self.dtype)
                 module.embed_scale = scale.double().to(self.device)
-        rotary = self.text.rotary_emb
         with PromoteFloat32():
-            for kind, init in rotary.rope_init_fns.items():
-                config = rotary.config.per_layer_config[kind]
-                inv_freq, _ = init(config, self.device, layer_type=kind)
-                setattr(rotary, f"{kind}_inv_freq", inv_freq)
+            set_frequencies(self.text.rotary_emb, self.device)
 
     def _tap_modules(self) -> None:
         """Hooks that read each tap off transformers' own modules, and write a forced value back.
@@ -153,8 +149,8 @@ class HFReference:
             layer.pre_feedforward_layernorm.register_forward_pre_hook(_residual_tap(prefix, "resid_mid", layer))
             layer.mlp.register_forward_hook(_output_tap(prefix, "mlp"))
             if self.config.enable_moe_block:
-                layer.router.register_forward_hook(_router_tap(prefix, self))
-                layer.experts.register_forward_hook(_flat_tap(prefix, "experts", self))
+                layer.router.register_forward_hook(_router_tap(prefix))
+                layer.experts.register_forward_hook(_flat_tap(prefix, "experts"))
             if self.config.hidden_size_per_layer_input:
                 layer.per_layer_input_gate.register_forward_pre_hook(_residual_tap(prefix, "resid_mlp", layer))
                 layer.post_per_layer_input_norm.register_forward_hook(_sum_tap(prefix, "resid_ple", layer))
@@ -205,14 +201,14 @@ def _sum_tap(prefix: str, name: str, layer: nn.Module) -> Any:
     return hook
 
 
-def _flat_tap(prefix: str, name: str, reference: HFReference) -> Any:
+def _flat_tap(prefix: str, name: str) -> Any:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return taps.tap(prefix, name, output[None]).flatten(0, 1)
 
     return hook
 
 
-def _router_tap(prefix: str, reference: HFReference) -> Any:
+def _router_tap(prefix: str) -> Any:
     """transformers' router returns (probabilities, weights, experts): the last two follow from forced values."""
 
     def hook(module: nn.Module, args: tuple, output: tuple) -> tuple:

@@ -44,9 +44,7 @@ def streamed(path: Path, dtype: torch.dtype, compute: torch.dtype, device: torch
     for module in text.modules():
         if isinstance(module, hf.Gemma4TextScaledWordEmbedding):
             module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
-    for kind, init in text.rotary_emb.rope_init_fns.items():
-        inv_freq, _ = init(text.rotary_emb.config.per_layer_config[kind], device, layer_type=kind)
-        setattr(text.rotary_emb, f"{kind}_inv_freq", inv_freq)
+    set_frequencies(text.rotary_emb, device)
 
     def load(name: str) -> Tensor:
         return files.get(name)[:].to(device, dtype).to(compute)
@@ -61,6 +59,13 @@ def streamed(path: Path, dtype: torch.dtype, compute: torch.dtype, device: torch
             module.register_forward_pre_hook(_fill(prefix, load), prepend=True)
         module.register_forward_hook(_empty)
     return model
+
+
+def set_frequencies(rotary: nn.Module, device: torch.device) -> None:
+    """Computes transformers' RoPE frequencies again, as its own functions do: no checkpoint holds them."""
+    for kind, init in rotary.rope_init_fns.items():
+        inv_freq, _ = init(rotary.config.per_layer_config[kind], device, layer_type=kind)
+        setattr(rotary, f"{kind}_inv_freq", inv_freq)
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -191,3 +191,13 @@ def test_other_refusals_of_capture_and_parity(tiny, tmp_path):
     refused(run("capture", tiny("31B"), "--taps", "nothing.*", *out), "nothing.*")
     refused(run("capture", tiny("31B"), "--dtype", "int8", *out), "int8")
     refused(run("parity", tiny("31B"), tiny("31B"), *out), "twice")
+
+
+def test_a_prompt_from_stdin_serves_every_checkpoint(tiny, tmp_path):
+    arguments = ["parity", tiny("E2B"), tiny("31B"), "--prompt", "-", "--dtype", "float32", "--path", "full"]
+    result = CliRunner().invoke(cli, [*map(str, arguments), "-o", str(tmp_path)], input="a river\n")
+    assert result.exit_code == 0, result.output
+    inputs = json.loads((tmp_path / "report.json").read_text())["meta"]["inputs"]
+    first, second = (value["tokens"] for value in inputs.values())
+    assert first == second
+    assert len(first) > 2
