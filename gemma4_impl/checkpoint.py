@@ -1,11 +1,13 @@
 """Hugging Face safetensors checkpoints, single or sharded: opened safely, and streamed onto a meta-built model."""
 
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from rich.progress import track
@@ -13,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gemma4_impl import names
+from gemma4_impl.config import TextConfig
+from gemma4_impl.quant.tensor import QuantizedTensor
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LISTED = 8
@@ -21,6 +25,60 @@ _SAMPLED = 1024
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or does not fit its config; the message names the file and the tensors."""
+
+
+class Weights(Protocol):
+    """Where a model's tensors come from: a checkpoint folder, a quantized one, a GGUF file. Canonical names; nothing
+    is read until asked for."""
+
+    path: Path
+    files: dict[str, Path]
+    """Each text tensor's name, and the file that holds it."""
+
+    @property
+    def config(self) -> TextConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in unless told otherwise."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, dense; a quantized one dequantized in float32."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`tensor(name)[start:stop]`, without reading the rest."""
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """The tensor as it is stored, if that is quantized."""
+
+    def fingerprint(self) -> str:
+        """A hash that tells these weights from others."""
+
+
+def open_checkpoint(path: str | Path) -> Weights:
+    """The weights at `path`: a folder in Hugging Face's format, one that `gemma4 quantize` or torchao wrote, or a
+    GGUF file. Raises FileNotFoundError, ConfigError, CheckpointError, GGUFError."""
+    path = Path(path)
+    if path.is_file() or path.suffix == ".gguf":
+        from gemma4_impl.gguf.checkpoint import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    if is_quantized(path):
+        from gemma4_impl.quant.checkpoint import QuantizedCheckpoint
+
+        return QuantizedCheckpoint(path)
+    return Checkpoint(path)
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether the folder's config.json names a quantization; a file that cannot be read names none."""
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and raw.get("quantization_config") is not None
 
 
 class Checkpoint:
@@ -81,6 +139,10 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from None
         return self._open[file]
 
+    @functools.cached_property
+    def config(self) -> TextConfig:
+        return TextConfig.from_file(self.path)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
@@ -93,11 +155,22 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Reads one tensor. Raises CheckpointError if it is not floating point."""
+        self._check_float(name)
+        return self._handle(self.files[name]).get_tensor(self.hf_names[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Reads these rows only. Raises as `tensor` does."""
+        self._check_float(name)
+        return self._slice(name)[start:stop]
+
+    def quantized(self, name: str) -> None:
+        return None
+
+    def _check_float(self, name: str) -> None:
         if (stored := self.stored_dtype(name)) not in _FLOATS:
             raise CheckpointError(
                 f"{self.files[name]}: {self.hf_names[name]!r} is stored as {stored}; expected F32, BF16, F16 or F64"
             )
-        return self._handle(self.files[name]).get_tensor(self.hf_names[name])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,7 +196,7 @@ class Checkpoint:
 
 
 def load_into(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool = False
+    model: nn.Module, checkpoint: Weights, dtype: torch.dtype, device: torch.device, progress: bool = False
 ) -> None:
     """Replaces every meta tensor of `model` by the checkpoint's, one at a time, as `dtype` on `device`.
 
@@ -143,7 +216,7 @@ def load_into(
         model.lm_head.weight = model.embed_tokens.weight
 
 
-def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+def check_fits(model: nn.Module, checkpoint: Weights) -> list[str]:
     """Names of the tensors that `model` (may be on meta) takes from `checkpoint`.
 
     Raises CheckpointError listing every missing, unexpected or mis-shaped tensor, or for a head that ought to be tied
@@ -165,7 +238,7 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     return list(expected)
 
 
-def _compare_names(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], unused: set[str]) -> None:
+def _compare_names(checkpoint: Weights, expected: dict[str, tuple[int, ...]], unused: set[str]) -> None:
     stored = set(checkpoint.files)
     shapes = {name: checkpoint.shape(name) for name in stored & set(expected)}
     wrong = [
@@ -183,13 +256,13 @@ def _compare_names(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]],
         raise CheckpointError(f"{checkpoint.path}: the tensors do not fit config.json; " + "; ".join(parts))
 
 
-def _check_tied(checkpoint: Checkpoint) -> None:
-    head, embedding = (checkpoint._slice(n) for n in ("lm_head.weight", "embed_tokens.weight"))
-    same = head.get_shape() == embedding.get_shape()
-    rows = embedding.get_shape()[0]
+def _check_tied(checkpoint: Weights) -> None:
+    head, embedding = "lm_head.weight", "embed_tokens.weight"
+    same = checkpoint.shape(head) == checkpoint.shape(embedding)
+    rows = checkpoint.shape(embedding)[0]
     for start in range(0, rows if same else 0, 16_384):
-        block = slice(start, min(start + 16_384, rows))
-        same = same and torch.equal(head[block], embedding[block])
+        block = start, min(start + 16_384, rows)
+        same = same and torch.equal(checkpoint.rows(head, *block), checkpoint.rows(embedding, *block))
     if not same:
         raise CheckpointError(
             f"{checkpoint.path}: tie_word_embeddings is true, but lm_head.weight differs from embed_tokens.weight"

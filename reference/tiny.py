@@ -98,6 +98,25 @@ TINY: dict[str, dict[str, Any]] = {
 }
 """Keyword arguments of `Gemma4TextConfig`, by variant."""
 
+ALIGNED: dict[int, dict[str, Any]] = {
+    32: {"hidden_size": 96, "intermediate_size": 64, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 32},
+    256: {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "hidden_size_per_layer_input": 32,
+        "head_dim": 64,
+        "global_head_dim": 128,
+    },
+}
+"""Sizes for quantization, by the multiple that rows then have: 32, or 256 but for the per-layer input's projections."""
+
+
+def aligned(variant: str, multiple: int) -> dict[str, Any]:
+    """`overrides` for `make_tiny` that give `variant` rows of a multiple of 32 or 256."""
+    return {key: value for key, value in ALIGNED[multiple].items() if TINY[variant].get(key)}
+
+
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,

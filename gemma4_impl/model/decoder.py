@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_impl import taps
-from gemma4_impl.checkpoint import Checkpoint, load_into
+from gemma4_impl.checkpoint import load_into, open_checkpoint
 from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
 from gemma4_impl.model.cache import Keys, KVCache
 from gemma4_impl.model.moe import Experts, Router
@@ -50,14 +50,13 @@ class Gemma4(nn.Module):
         device: torch.device | str = "cpu",
         progress: bool = False,
     ) -> "Gemma4":
-        """Loads a Hugging Face checkpoint folder, tensor by tensor: peak memory is the model plus its largest tensor.
+        """Loads what `open_checkpoint` opens, tensor by tensor: peak memory is the model plus its largest tensor.
 
-        `dtype` defaults to the checkpoint's own. Raises FileNotFoundError, ConfigError, CheckpointError."""
-        checkpoint = Checkpoint(path)
-        config = TextConfig.from_file(path)
+        `dtype` defaults to the checkpoint's own. Raises as `open_checkpoint` and `load_into` do."""
+        checkpoint = open_checkpoint(path)
         device = torch.device(device)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(checkpoint.config)
         dtype = dtype or checkpoint.dtype
         load_into(model, checkpoint, dtype, device, progress)
         for rope in model.rope.values():

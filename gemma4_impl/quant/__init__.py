@@ -1,0 +1,1 @@
+"""Quantization: recipe -> quantize -> save and load -> pack for a backend."""
