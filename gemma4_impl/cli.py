@@ -1,14 +1,18 @@
 """The commands of `gemma4`; an error of the user's ends in one line on stderr and exit code 2."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+import gemma4_impl
 
 # torch is imported inside the commands: `gemma4 --help` must not wait for it.
 if TYPE_CHECKING:
@@ -157,14 +161,14 @@ def stats_line(g: "Generation") -> str:
     return f"{line}; stop: {g.stop_reason}"
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or stdin (UTF-8, less its last line break) for "-"."""
+def read_prompt(prompt: str, option: str = "--prompt") -> str:
+    """The prompt itself, or stdin (UTF-8, less its last line break) for "-"; `option` is named in an error."""
     if prompt != "-":
         return prompt
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt -: stdin is not UTF-8 text (byte {error.start})") from None
+        raise ValueError(f"{option} -: stdin is not UTF-8 text (byte {error.start})") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -225,3 +229,13 @@ def _lines(message: str) -> str:
         else:
             out[-1] = f"{out[-1]} {line.strip()}".rstrip()
     return "\n".join(out)
+
+
+def _add_commands() -> None:
+    """Imports `gemma4_impl.cli_*`, whose commands register themselves here; none imports torch before it runs."""
+    for module in pkgutil.iter_modules(gemma4_impl.__path__):
+        if module.name.startswith("cli_"):
+            importlib.import_module(f"gemma4_impl.{module.name}")
+
+
+_add_commands()

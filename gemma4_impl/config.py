@@ -10,15 +10,18 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from gemma4_impl.errors import plain
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# Keys that other tools write and that do not change what the text model computes.
+# Keys that other tools write and that do not change what the text model computes. (quantization_config says how the
+# weights are stored: no checkpoint class reads a folder that has it as if it had not.)
 _NO_EFFECT = {
     "_name_or_path", "architectures", "attn_implementation", "cache_implementation", "dtype", "torch_dtype",
     "transformers_version", "initializer_range", "use_cache", "attention_dropout", "is_causal", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "id2label", "label2id",
     "chunk_size_feed_forward", "is_encoder_decoder", "model_type", "tie_encoder_decoder", "torchscript",
-    "use_bidirectional_attention", "keys_to_ignore_at_inference", "_attn_implementation",
+    "use_bidirectional_attention", "keys_to_ignore_at_inference", "_attn_implementation", "quantization_config",
 }  # fmt: skip
 
 
@@ -152,8 +155,13 @@ class TextConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "TextConfig":
-        """Reads `config.json` (or the one in the folder `path`). Raises ConfigError, FileNotFoundError."""
+        """Reads `config.json` (or the one in the folder `path`), or the metadata of a GGUF file.
+        Raises ConfigError, FileNotFoundError, GGUFError."""
         path = Path(path)
+        if path.suffix == ".gguf" and not path.is_dir():
+            from gemma4_impl.gguf.config import config_from_file
+
+            return config_from_file(path)
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such folder; a checkpoint holds config.json and *.safetensors")
         if path.is_dir():
@@ -201,9 +209,9 @@ def _rope_of(raw: Any, source: str) -> dict[str, RopeParameters]:
     out = {}
     for kind, values in raw.items():
         if not isinstance(values, Mapping) or any(values.get(k) is None for k in ("rope_type", "rope_theta")):
-            raise ConfigError(f"{source}: rope_parameters.{kind} needs rope_type and rope_theta")
+            raise ConfigError(f"{source}: rope_parameters.{plain(kind)} needs rope_type and rope_theta")
         if extra := {k for k, v in values.items() if k not in known and v is not None}:
-            raise ConfigError(f"{source}: rope_parameters.{kind}.{min(extra)} is not supported")
+            raise ConfigError(f"{source}: rope_parameters.{plain(kind)}.{plain(min(extra))} is not supported")
         out[kind] = RopeParameters(**{k: v for k, v in values.items() if v is not None})
     return out
 
@@ -216,13 +224,15 @@ def _flatten_per_layer(per_layer: Any, flat: Mapping[str, Any], source: str) -> 
     per_layer = {} if per_layer is None else per_layer
     if not isinstance(per_layer, Mapping):
         raise ConfigError(f"{source}: per_layer_config must be an object with one entry a layer")
-    indices = {str(i): i for i in range(len(layer_types))}
+    # transformers writes the indices with leading zeros, as many as the last one needs.
+    width = len(str(len(layer_types) - 1))
+    indices = {spelt: i for i in range(len(layer_types)) for spelt in (str(i), str(i).zfill(width))}
     for key, values in per_layer.items():
         index = indices.get(str(key))
-        if index is None:
+        if index is None or (index in overrides and overrides[index] != values):
             raise ConfigError(f"{source}: per_layer_config.{str(key)[:20]}: no such layer")
         if not isinstance(values, Mapping) or (extra := set(values) - {"head_dim", "num_key_value_heads"}):
-            what = f".{min(extra)}" if isinstance(values, Mapping) else ""
+            what = f".{plain(min(extra))}" if isinstance(values, Mapping) else ""
             raise ConfigError(f"{source}: per_layer_config.{key}{what} is not supported")
         if layer_types[index] == FULL:
             overrides[index] = dict(values)

@@ -1,8 +1,53 @@
-"""Tensor names: canonical ones (the checkpoint's, without its prefix) and what Hugging Face files call them."""
+"""Tensor names: canonical ones (the checkpoint's, without its prefix), and those in Hugging Face and GGUF files."""
 
 # Longest first: a multimodal checkpoint's text tensors also start with "model.".
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
+
+_GGUF_MODEL = {
+    "embed_tokens.weight": "token_embd.weight",
+    "embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_GGUF_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "router.proj.weight": "ffn_gate_inp.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+    "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+    "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+    "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+    "per_layer_input_gate.weight": "inp_gate.weight",
+    "per_layer_projection.weight": "proj.weight",
+    "post_per_layer_input_norm.weight": "post_norm.weight",
+    "layer_scalar": "layer_output_scale.weight",
+}
+_MODEL_OF_GGUF = {theirs: ours for ours, theirs in _GGUF_MODEL.items()}
+_LAYER_OF_GGUF = {theirs: ours for ours, theirs in _GGUF_LAYER.items()}
+
+GGUF_ROPE_FREQS = "rope_freqs.weight"
+"""Divisors of the full layers' RoPE frequencies: metadata in the form of a tensor."""
+
+# What a converter may have cut or joined along the rows: our tensors, in the order of those rows.
+_GGUF_HALVES = {"ffn_gate_exps.weight": "experts.gate_up_proj", "ffn_up_exps.weight": "experts.gate_up_proj"}
+_GGUF_JOINED = {"attn_qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv")}
 
 
 def from_hf(name: str) -> str | None:
@@ -22,3 +67,47 @@ def to_hf(name: str, multimodal: bool = False) -> str:
     if name.startswith("lm_head."):
         return name
     return ("model.language_model." if multimodal else "model.") + name
+
+
+def from_gguf(name: str) -> str | None:
+    """Canonical name of a GGUF tensor; None for one that is no single parameter: `rope_freqs`, experts stored as
+    separate gates and ups, a joined q/k/v, or a name that Gemma 4 does not have. `held_by_gguf` knows more."""
+    index, leaf = _block(name)
+    if index is None:
+        return _MODEL_OF_GGUF.get(name)
+    ours = _LAYER_OF_GGUF.get(leaf)
+    return None if ours is None else f"layers.{index}.{ours}"
+
+
+def to_gguf(name: str) -> str:
+    """Inverse of `from_gguf`. Raises ValueError for what is no canonical name."""
+    if name in _GGUF_MODEL:
+        return _GGUF_MODEL[name]
+    prefix, _, rest = name.partition(".")
+    index, _, leaf = rest.partition(".")
+    if prefix != "layers" or not _is_index(index) or leaf not in _GGUF_LAYER:
+        raise ValueError(f"{name!r} is no tensor of Gemma 4's text model")
+    return f"blk.{index}.{_GGUF_LAYER[leaf]}"
+
+
+def held_by_gguf(name: str) -> tuple[str, ...]:
+    """Canonical names of everything that a GGUF tensor holds, whole or in part; () if it holds no parameter."""
+    if (whole := from_gguf(name)) is not None:
+        return (whole,)
+    index, leaf = _block(name)
+    if index is None:
+        return ()
+    ours = (_GGUF_HALVES[leaf],) if leaf in _GGUF_HALVES else _GGUF_JOINED.get(leaf, ())
+    return tuple(f"layers.{index}.{part}" for part in ours)
+
+
+def _block(name: str) -> tuple[str | None, str]:
+    """("3", "attn_q.weight") of "blk.3.attn_q.weight"; (None, name) for any other."""
+    prefix, _, rest = name.partition(".")
+    index, _, leaf = rest.partition(".")
+    return (index, leaf) if prefix == "blk" and _is_index(index) else (None, name)
+
+
+def _is_index(text: str) -> bool:
+    """Whether `text` is a layer number, spelt as it is everywhere: a second spelling would be a second tensor."""
+    return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")

@@ -51,8 +51,13 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """Reads tokenizer.json and, where present, tokenizer_config.json, chat_template.jinja and
-        generation_config.json of the folder `path`. Raises FileNotFoundError, TokenizerError."""
+        generation_config.json of the folder `path`, or what the GGUF file `path` holds. Raises FileNotFoundError,
+        TokenizerError, GGUFError."""
         path = Path(path)
+        if path.is_file() or path.suffix == ".gguf":
+            from gemma4_impl.gguf.tokenizer import tokenizer_from_gguf
+
+            return tokenizer_from_gguf(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder; a checkpoint folder holds tokenizer.json")
         file = path / "tokenizer.json"
@@ -73,6 +78,10 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
+
+    def token(self, token: int) -> str | None:
+        """The vocabulary's entry for the id `token`, as it is stored (spaces are ▁); None outside the vocabulary."""
+        return self._backend.id_to_token(token) if 0 <= token < 1 << 32 else None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of `text`; with `bos` exactly one BOS comes first, also when the text brings its own.
@@ -132,7 +141,7 @@ class StreamDecoder:
         """Text that `token` completes, often its own, "" while bytes are held back."""
         if self._skip_special and token in self._tokenizer._skipped:
             return ""
-        name = self._tokenizer._backend.id_to_token(token)
+        name = self._tokenizer.token(token)
         if name is None:
             return ""
         self._held.append(token)
