@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from gemma4_impl import names
 from gemma4_impl.config import TextConfig
+from gemma4_impl.errors import one_line, plain, short
+from gemma4_impl.quant.pack import can_pack, install, tie_head
 from gemma4_impl.quant.tensor import QuantizedTensor
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LISTED = 8
 _SAMPLED = 1024
 
@@ -74,11 +76,19 @@ def open_checkpoint(path: str | Path) -> Weights:
 
 def is_quantized(path: Path) -> bool:
     """Whether the folder's config.json names a quantization; a file that cannot be read names none."""
+    return quantization_config(path) is not None
+
+
+def quantization_config(path: Path) -> object | None:
+    """What the folder's config.json says under `quantization_config`, of the model or of its text part."""
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(raw, dict) and raw.get("quantization_config") is not None
+        return None
+    for part in (raw, raw.get("text_config") if isinstance(raw, dict) else None):
+        if isinstance(part, dict) and part.get("quantization_config") is not None:
+            return part["quantization_config"]
+    return None
 
 
 class Checkpoint:
@@ -90,21 +100,31 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path}: no such folder; a checkpoint holds config.json and *.safetensors")
+        self._check_kind()
         self.files: dict[str, Path] = {}
         self.hf_names: dict[str, str] = {}
+        self.towers: dict[str, Path] = {}
+        """Tensors of the vision and audio towers, under their own names."""
         self._open = {}
         for file, listed in self._shards().items():
             handle = self._handle(file)
             stored = set(handle.keys())
             if listed is not None and (absent := sorted(listed - stored)):
-                raise CheckpointError(f"{file}: the index lists {absent[0]!r} here, but the file does not hold it")
+                raise CheckpointError(f"{file}: the index lists {short(absent[0])} here, but the file does not hold it")
             for hf_name in sorted(stored if listed is None else listed):
                 name = names.from_hf(hf_name)
                 if name is None:
+                    self.towers[hf_name] = file
                     continue
                 if name in self.files:
-                    raise CheckpointError(f"{file}: {hf_name!r} and {self.hf_names[name]!r} are the same tensor")
+                    raise CheckpointError(
+                        f"{file}: {short(hf_name)} and {short(self.hf_names[name])} are the same tensor"
+                    )
                 self.files[name], self.hf_names[name] = file, hf_name
+
+    def _check_kind(self) -> None:
+        if is_quantized(self.path):
+            raise CheckpointError(f"{self.path}: its weights are quantized (config.json); `open_checkpoint` reads it")
 
     def _shards(self) -> dict[Path, set[str] | None]:
         """Each weight file, and which tensors its index says it holds (None: all)."""
@@ -118,14 +138,14 @@ class Checkpoint:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             items = [(str(name), str(file)) for name, file in weight_map.items()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index}: not a shard index ({type(error).__name__}: {error})") from None
+            raise CheckpointError(f"{index}: not a shard index ({type(error).__name__}: {one_line(error)})") from None
         shards: dict[Path, set[str]] = {}
         for name, file in items:
             # A hub cache links its files elsewhere, so links are fine; a path in the index is not.
             if file != Path(file).name or "\\" in file or "\0" in file or file in ("", ".", ".."):
-                raise CheckpointError(f"{index}: {name!r} points outside the folder: {file!r}")
+                raise CheckpointError(f"{index}: {short(name)} points outside the folder: {short(file)}")
             if not os.path.isfile(self.path / file):
-                raise FileNotFoundError(f"{index}: {name!r} is in {file!r}, which does not exist")
+                raise FileNotFoundError(f"{index}: {short(name)} is in {short(file)}, which does not exist")
             shards.setdefault(self.path / file, set()).add(name)
         if not shards:
             raise CheckpointError(f"{index}: weight_map is empty")
@@ -136,8 +156,12 @@ class Checkpoint:
             try:
                 self._open[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from None
+                raise CheckpointError(f"{file}: not a complete safetensors file ({one_line(error)})") from None
         return self._open[file]
+
+    def release(self) -> None:
+        """Unmaps the files, whose pages count as this process's memory; they are mapped again when read."""
+        self._open.clear()
 
     @functools.cached_property
     def config(self) -> TextConfig:
@@ -166,8 +190,12 @@ class Checkpoint:
     def quantized(self, name: str) -> None:
         return None
 
+    def tower(self, hf_name: str) -> Tensor:
+        """Reads a tensor of a tower, of whatever dtype."""
+        return self._handle(self.towers[hf_name]).get_tensor(hf_name)
+
     def _check_float(self, name: str) -> None:
-        if (stored := self.stored_dtype(name)) not in _FLOATS:
+        if (stored := self.stored_dtype(name)) not in FLOATS:
             raise CheckpointError(
                 f"{self.files[name]}: {self.hf_names[name]!r} is stored as {stored}; expected F32, BF16, F16 or F64"
             )
@@ -177,22 +205,26 @@ class Checkpoint:
         """The dtype of the embedding, which stands for the checkpoint's; bfloat16 if it has none."""
         if "embed_tokens.weight" not in self.files:
             return torch.bfloat16
-        return _FLOATS.get(self.stored_dtype("embed_tokens.weight"), torch.bfloat16)
+        return FLOATS.get(self.stored_dtype("embed_tokens.weight"), torch.bfloat16)
 
     def fingerprint(self) -> str:
         """sha256 over each tensor's name, dtype, shape, and its first and last 1024 values, whatever the sharding."""
         digest = hashlib.sha256()
         for name in sorted(self.files):
-            part = self._slice(name)
-            shape = part.get_shape()
-            digest.update(f"{name} {part.get_dtype()} {shape}\n".encode())
-            if len(shape) == 0 or 0 in shape:
-                continue
-            rows = min(shape[0], math.ceil(_SAMPLED / math.prod(shape[1:])))
-            first, last = part[:rows].flatten()[:_SAMPLED], part[shape[0] - rows :].flatten()[-_SAMPLED:]
-            for edge in (first, last):
-                digest.update(edge.contiguous().view(torch.uint8).numpy().tobytes())
+            update_hash(digest, name, self._slice(name))
         return digest.hexdigest()
+
+
+def update_hash(digest, name: str, part) -> None:
+    """Adds a tensor's name, dtype, shape, and edges to a hash."""
+    shape = part.get_shape()
+    digest.update(f"{name} {part.get_dtype()} {shape}\n".encode())
+    if len(shape) == 0 or 0 in shape:
+        return
+    rows = min(shape[0], math.ceil(_SAMPLED / math.prod(shape[1:])))
+    first, last = part[:rows].flatten()[:_SAMPLED], part[shape[0] - rows :].flatten()[-_SAMPLED:]
+    for edge in (first, last):
+        digest.update(edge.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def load_into(
@@ -200,20 +232,27 @@ def load_into(
 ) -> None:
     """Replaces every meta tensor of `model` by the checkpoint's, one at a time, as `dtype` on `device`.
 
+    A quantized tensor is packed for the device if the model can run it so; its module becomes one of quant/modules.py.
     The weights of a tied head and of KV-shared layers' unused projections may be in the file and are not needed.
     Raises CheckpointError as `check_fits` does."""
     expected = check_fits(model, checkpoint)
     order = sorted(expected, key=lambda name: (str(checkpoint.files[name]), name))
     for name in track(order, description="loading", disable=not progress, transient=True):
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        tensor = checkpoint.tensor(name).to(device=device, dtype=dtype)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            module._buffers[leaf] = tensor
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        _load_tensor(model, checkpoint, name, dtype, device)
+    tie_head(model)
+
+
+def _load_tensor(model: nn.Module, checkpoint: Weights, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if can_pack(model, name) and (weight := checkpoint.quantized(name)) is not None:
+        install(model, name, weight, dtype, device)
+        return
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    tensor = checkpoint.tensor(name).to(device=device, dtype=dtype)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
 
 
 def check_fits(model: nn.Module, checkpoint: Weights) -> list[str]:
@@ -248,12 +287,13 @@ def _compare_names(checkpoint: Weights, expected: dict[str, tuple[int, ...]], un
     ]
     problems = {
         "missing": sorted(set(expected) - stored),
-        "unexpected": sorted(stored - set(expected) - unused),
+        "unexpected": [plain(name) for name in sorted(stored - set(expected) - unused)],
         "mis-shaped": wrong,
     }
     if any(problems.values()):
         parts = [f"{len(found)} {what}: {_some(found)}" for what, found in problems.items() if found]
-        raise CheckpointError(f"{checkpoint.path}: the tensors do not fit config.json; " + "; ".join(parts))
+        config = "config.json" if checkpoint.path.is_dir() else "the metadata"
+        raise CheckpointError(f"{checkpoint.path}: the tensors do not fit {config}; " + "; ".join(parts))
 
 
 def _check_tied(checkpoint: Weights) -> None:

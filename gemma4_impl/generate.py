@@ -183,27 +183,27 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool = True) -> li
 def bytes_per_token(model: Gemma4, context: int) -> int:
     """Bytes that one decode step at batch 1 must read when its token attends to `context` positions (itself too).
 
-    Every weight once, but `top_k_experts` of the experts only, and one row of an embedding table (a tied one is read
-    whole, as the output head); and in each layer the keys and values that are visible, in the model's dtype. A
-    KV-shared layer reads its producer's again. Activations are not counted."""
+    Every weight once, a quantized one as it is packed, but `top_k_experts` of the experts only, and one row of an
+    embedding table (a tied one is read whole, as the output head); and in each layer the keys and values that are
+    visible, in the model's dtype. A KV-shared layer reads its producer's again. Activations are not counted."""
     return _weight_bytes(model) + _cache_bytes(model, context)
 
 
 def _weight_bytes(model: Gemma4) -> int:
     config = model.config
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])  # a tied weight appears once
-    tied = not any(name.startswith("lm_head.") for name in tensors)
-    total = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if name.startswith("embed_tokens_per_layer."):
-            size //= config.vocab_size_per_layer_input
-        elif name.startswith("embed_tokens.") and not tied:
-            size //= config.vocab_size
-        elif ".experts." in name:
+    rows = {"embed_tokens.": config.vocab_size, "embed_tokens_per_layer.": config.vocab_size_per_layer_input}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    read: dict[int, int] = {}
+    for name, tensor in tensors:
+        size = tensor.nbytes
+        for table, count in rows.items():
+            if name.startswith(table):
+                size //= count
+        if ".experts." in name:
             size = size * config.top_k_experts // config.num_experts
-        total += size
-    return total
+        # A tensor that a tied head shares with the embedding is read whole.
+        read[id(tensor)] = max(size, read.get(id(tensor), 0))
+    return sum(read.values())
 
 
 def _cache_bytes(model: Gemma4, context: int) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_impl import taps
-from gemma4_impl.checkpoint import load_into, open_checkpoint
+from gemma4_impl.checkpoint import Weights, load_into, open_checkpoint
 from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
 from gemma4_impl.model.cache import Keys, KVCache
 from gemma4_impl.model.moe import Experts, Router
@@ -53,7 +53,17 @@ class Gemma4(nn.Module):
         """Loads what `open_checkpoint` opens, tensor by tensor: peak memory is the model plus its largest tensor.
 
         `dtype` defaults to the checkpoint's own. Raises as `open_checkpoint` and `load_into` do."""
-        checkpoint = open_checkpoint(path)
+        return cls.from_weights(open_checkpoint(path), dtype, device, progress)
+
+    @classmethod
+    def from_weights(
+        cls,
+        checkpoint: Weights,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+    ) -> "Gemma4":
+        """`from_pretrained` of weights that are already open."""
         device = torch.device(device)
         with torch.device("meta"):
             model = cls(checkpoint.config)

@@ -36,6 +36,7 @@ class Experts(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
@@ -54,7 +55,7 @@ class Experts(nn.Module):
 
     def _mlp(self, x: Tensor, expert: Tensor) -> Tensor:
         """x [n, D] sorted by `expert` [n] -> [n, D]."""
-        counts = (expert[:, None] == torch.arange(len(self.down_proj), device=x.device)).sum(0)
+        counts = (expert[:, None] == torch.arange(self.num_experts, device=x.device)).sum(0)
         if torch.compiler.is_compiling():
             # One operator with the group bounds on the device: no data-dependent control flow in a graph.
             ends = counts.cumsum(0).to(torch.int32)
@@ -64,9 +65,12 @@ class Experts(nn.Module):
         out = []
         for e, rows in enumerate(x.split(counts.tolist())):
             if len(rows):
-                gate, up = F.linear(rows, self.gate_up_proj[e]).chunk(2, dim=-1)
-                out.append(F.linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[e]))
+                gate, up = self._linear(rows, self.gate_up_proj, e).chunk(2, dim=-1)
+                out.append(self._linear(F.gelu(gate, approximate="tanh") * up, self.down_proj, e))
         return torch.cat(out)
+
+    def _linear(self, x: Tensor, weight: Tensor, expert: int) -> Tensor:
+        return F.linear(x, weight[expert])
 
     def _static(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """The same for a graph in a dtype that grouped_mm refuses there: a single token's own experts are gathered,

@@ -67,17 +67,20 @@ class QuantizedTensor:
         """The codes one by one, before `offset`: uint8 (4 bits) or int8 (8 bits) [..., N, K]."""
         if self.bits == 8:
             return self.qdata
-        return torch.stack((self.qdata & 15, self.qdata >> 4), dim=-1).flatten(-2)
+        pairs = self.qdata.to(torch.int16, memory_format=torch.contiguous_format)
+        pairs |= pairs << 4
+        pairs &= 0x0F0F
+        return pairs.view(torch.uint8)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """[..., N, K], computed in float32 (float64 for that) and rounded to `dtype` once; block by block, so that
-        nothing but the result is large."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        nothing but the result is large. `out`, if given, is contiguous, and its dtype is the one that counts."""
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
         flat, rows = out.view(-1, self.shape[-1]), self._flat()
         step = max(1, _BLOCK // self.shape[-1])
         for start in range(0, len(flat), step):
-            part = slice(start, start + step)
-            flat[part] = rows[part]._dequantized(torch.float64 if dtype == torch.float64 else torch.float32)
+            rows[start : start + step]._dequantize_into(flat[start : start + step])
         return out
 
     def _flat(self) -> "QuantizedTensor":
@@ -85,10 +88,16 @@ class QuantizedTensor:
         zero = None if self.zero is None else self.zero.flatten(0, -2)
         return replace(self, qdata=self.qdata.flatten(0, -2), scale=self.scale.flatten(0, -2), zero=zero)
 
-    def _dequantized(self, compute: torch.dtype) -> Tensor:
+    def _dequantize_into(self, out: Tensor) -> None:
         # The product of a code and a scale of at most 16 bits is exact, so that adding the zero rounds once.
-        w = self.codes().to(compute).sub_(self.offset).unflatten(-1, (-1, self.group_size))
-        w *= self.scale.to(compute)[..., None]
+        compute = torch.float64 if out.dtype == torch.float64 else torch.float32
+        w = out if out.dtype == compute else torch.empty_like(out, dtype=compute)
+        w.copy_(self.codes())
+        if self.offset:
+            w -= self.offset
+        groups = w.unflatten(-1, (-1, self.group_size))
+        groups *= self.scale.to(compute)[..., None]
         if self.zero is not None:
-            w += self.zero.to(compute)[..., None]
-        return w.flatten(-2)
+            groups += self.zero.to(compute)[..., None]
+        if w is not out:
+            out.copy_(w)
