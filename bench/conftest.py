@@ -1,4 +1,4 @@
-"""Prints, after the benchmarks, how much faster ours is than each peer, measured in turn within one run."""
+"""Prints, after the benchmarks, speeds, and how much faster ours is than each peer, measured in turn within one run."""
 
 from typing import Any
 
@@ -7,13 +7,17 @@ import pytest
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    ratios = {
-        name: value
-        for bench in getattr(session, "benchmarks", ())
-        for name, value in bench.extra_info.items()
-        if ": times as fast as " in name
-    }
-    if ratios:
-        terminalreporter.section("ours against peers, median of the rounds' ratios")
-        for name, value in ratios.items():
-            terminalreporter.write_line(f"{name} {value:.2f}")
+    for title, part in (
+        ("speeds, medians", "weights/s"),
+        ("ours against peers, median of the rounds' ratios", ": times as"),
+    ):
+        rows = {
+            name: value
+            for bench in getattr(session, "benchmarks", ())
+            for name, value in bench.extra_info.items()
+            if part in name
+        }
+        if rows:
+            terminalreporter.section(title)
+            for name, value in rows.items():
+                terminalreporter.write_line(f"{name} {value:.2f}")

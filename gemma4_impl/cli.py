@@ -88,6 +88,7 @@ def cli() -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--prompt", help="What to say to the model; '-' reads stdin.")
 @click.option("--tokens", help="Token ids to continue instead of a prompt, such as 2,105,9259.")
+@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="Shown first.  Repeatable.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
 @click.option("--temperature", type=float, default=1.0, help="0 is greedy.")
@@ -101,6 +102,7 @@ def generate_command(
     checkpoint: Path,
     prompt: str | None,
     tokens: str | None,
+    images: tuple[Path, ...],
     raw: bool,
     max_new_tokens: int,
     temperature: float,
@@ -128,6 +130,11 @@ def generate_command(
     Sampling(temperature, top_k, top_p, seed)
     target = resolve_device(device)
     tokenizer = Tokenizer.from_pretrained(checkpoint)
+    encoder = None
+    if images:
+        from gemma4_impl.vision.images import ImageEncoder
+
+        encoder = ImageEncoder.from_pretrained(checkpoint, resolve_dtype(dtype), target)
     model = Gemma4.from_pretrained(checkpoint, resolve_dtype(dtype), target, progress=sys.stderr.isatty())
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -144,6 +151,8 @@ def generate_command(
             chat=not raw,
             stream=lambda text: click.echo(text, nl=False),
             max_seq_len=max_seq_len,
+            images=images,
+            encoder=encoder,
         )
     except Interrupted as interrupted:
         click.echo()

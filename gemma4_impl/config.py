@@ -14,6 +14,9 @@ from gemma4_impl.errors import plain
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+# No weight, the experts' stack of three such sizes included, then has more bytes than 64 bits can count.
+_WIDE, _LONG = 1 << 20, 1 << 31
+
 # Keys that other tools write and that do not change what the text model computes. (quantization_config says how the
 # weights are stored: no checkpoint class reads a folder that has it as if it had not.)
 _NO_EFFECT = {
@@ -158,7 +161,7 @@ class TextConfig:
         """Reads `config.json` (or the one in the folder `path`), or the metadata of a GGUF file.
         Raises ConfigError, FileNotFoundError, GGUFError."""
         path = Path(path)
-        if path.suffix == ".gguf" and not path.is_dir():
+        if path.suffix == ".gguf" or (path.is_file() and path.suffix != ".json"):
             from gemma4_impl.gguf.config import config_from_file
 
             return config_from_file(path)
@@ -267,6 +270,8 @@ def _check(c: TextConfig) -> None:
         value, least = getattr(c, key), 0 if key in counts else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             refuse(key, f"must be an integer >= {least}")
+        if value >= (_LONG if key in ("max_position_embeddings", "sliding_window") else _WIDE):
+            refuse(key, "is larger than that of any model")
     for key in switches:
         if not isinstance(getattr(c, key), bool):
             refuse(key, "must be true or false")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,12 @@ from gemma4_impl.config import TextConfig
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.model.sampler import Sampling, sample
+from gemma4_impl.model.soft_tokens import SoftTokens
 from gemma4_impl.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from gemma4_impl.vision.images import ImageEncoder
+    from gemma4_impl.vision.processing import ImageSource
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -56,21 +61,28 @@ class Interrupted(KeyboardInterrupt):
 
 
 @torch.inference_mode()
-def prefill(model: Gemma4, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
+def prefill(
+    model: Gemma4,
+    tokens: Tensor,
+    cache: KVCache,
+    positions: Tensor | None = None,
+    images: SoftTokens | None = None,
+) -> Tensor:
     """Feeds tokens [B, T] to the cache in chunks of its `max_chunk`; returns each row's last token's logits [B, V].
 
-    `positions` [B, T] marks padding with -1, on either side. Raises ValueError for a row that is all padding, and as
-    the model does."""
+    `positions` [B, T] marks padding with -1, on either side. No chunk ends inside an image that is seen both ways.
+    Raises ValueError for a row that is all padding, an image that is longer than a chunk, and as the model does."""
     T, C = tokens.shape[1], cache.max_chunk
+    parts = [slice(i, i + C) for i in range(0, max(T, 1), C)] if images is None else images.chunks(C)
     last = [T - 1] * len(tokens) if positions is None else positions.argmax(dim=1).tolist()
     if positions is not None and bool((positions < 0).all(dim=1).any()):
         raise ValueError("prefill: a row holds nothing but padding")
     out = None
-    for start in range(0, max(T, 1), C):
-        chunk = slice(start, start + C)
-        ends = [row for row, column in enumerate(last) if start <= column < start + C]
+    for chunk in parts:
+        ends = [row for row, column in enumerate(last) if chunk.start <= column < chunk.stop]
         at = None if positions is None else positions[:, chunk]
-        logits = model(tokens[:, chunk], at, cache=cache, logits="last" if ends else "none")
+        soft = None if images is None else images[chunk]
+        logits = model(tokens[:, chunk], at, cache=cache, logits="last" if ends else "none", images=soft)
         if ends:
             out = torch.empty_like(logits[:, -1]) if out is None else out
             out[ends] = logits[ends, -1]
@@ -105,11 +117,15 @@ def generate(
     stream: Callable[[str], None] | None = None,
     max_seq_len: int | None = None,
     max_chunk: int = 512,
+    images: Sequence["ImageSource"] = (),
+    encoder: "ImageEncoder | None" = None,
 ) -> Generation:
     """Continues `prompt` until a stop token, `max_new_tokens`, or the end of the context.
 
     Args:
         prompt: a user's message (raw text with chat=False), a list of chat messages, or token ids taken as they are.
+        images: shown with the prompt: before a user's message; elsewhere at its image tokens, one for each image.
+        encoder: the checkpoint's vision tower, needed for `images` and run once.
         stream: called with each piece of text as soon as it is complete; the pieces join to `Generation.text`.
         max_seq_len: the context to make a cache for; by default as much as is needed and the model allows.
         max_chunk: the most prompt tokens in one forward.
@@ -118,8 +134,11 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    ids = encode_prompt(tokenizer, prompt, chat)
+    start = time.perf_counter()
+    ids, soft = _with_images(model, tokenizer, prompt, chat, images, encoder)
     limit = check_prompt(model.config, ids, max_seq_len)
+    if soft is not None:
+        max_chunk = max(max_chunk, soft.longest)
     capacity = max_seq_len or min(len(ids) + max_new_tokens, limit)
     cache = model.make_cache(1, max_seq_len=capacity, max_chunk=max_chunk)
     stop = tokenizer.stop_ids | set(model.config.eos_token_id)
@@ -133,8 +152,7 @@ def generate(
             stream(text)
 
     tokens: list[int] = []
-    start = time.perf_counter()
-    logits = prefill(model, torch.tensor([ids], device=model.device), cache)
+    logits = prefill(model, torch.tensor([ids], device=model.device), cache, images=soft)
     token = _draw(logits, sampling, generator)
     new = int(token)
     first = time.perf_counter()
@@ -166,13 +184,37 @@ def generate(
     return result
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool = True) -> list[int]:
-    """Token ids of what `generate` accepts; text and messages begin with one BOS. Raises ValueError for an empty
-    list, and what the tokenizer raises."""
+def _with_images(
+    model: Gemma4,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    chat: bool,
+    images: Sequence["ImageSource"],
+    encoder: "ImageEncoder | None",
+) -> tuple[list[int], SoftTokens | None]:
+    """The prompt's ids with room for its images, and what goes there. Raises ValueError if there are more images than
+    places or the other way round, and as the encoder does."""
+    ids = encode_prompt(tokenizer, prompt, chat, len(images))
+    if not images:
+        if tokenizer.image_id in ids:
+            raise ValueError("the prompt has an image token (<|image|>) but no image comes with it; give one (--image)")
+        return ids, None
+    if encoder is None:
+        raise ValueError("images need the vision tower of a multimodal checkpoint")
+    processed = encoder.processor(images)
+    ids = encoder.expand(ids, processed.num_soft_tokens)
+    tokens = torch.tensor([ids], device=model.device)
+    return ids, encoder.merge(tokens, encoder.encode(processed), model.dtype)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool = True, images: int = 0) -> list[int]:
+    """Token ids of what `generate` accepts; text and messages begin with one BOS, a user's message with one image token
+    for each of `images`. Raises ValueError for an empty list, and what the tokenizer raises."""
     if isinstance(prompt, str):
         if not chat:
             return tokenizer.encode(prompt)
-        prompt = [{"role": "user", "content": prompt}]
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}] if images else prompt
+        prompt = [{"role": "user", "content": content}]
     if not prompt:
         raise ValueError("the prompt is empty: it has neither messages nor tokens")
     if isinstance(prompt[0], int):

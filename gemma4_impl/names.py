@@ -62,6 +62,12 @@ def from_hf(name: str) -> str | None:
     return name.removeprefix("language_model.")
 
 
+def tower_from_hf(name: str) -> str:
+    """Canonical name (`vision_tower.patch_embedder.input_proj.weight`) of a tower's tensor in a Hugging Face
+    checkpoint."""
+    return name.removeprefix("model.")
+
+
 def to_hf(name: str, multimodal: bool = False) -> str:
     """Inverse of `from_hf` for the files that transformers saves."""
     if name.startswith("lm_head."):

@@ -42,6 +42,8 @@ class Tokenizer:
         if bos is None:
             raise TokenizerError(f"{source}: bos_token {self.special_tokens['bos_token']!r} is not in the vocabulary")
         self.bos_id: int = bos
+        self.image_id: int | None = backend.token_to_id("<|image|>")
+        """The token in whose place an image's soft tokens come; None in a vocabulary without images."""
         names = (self.special_tokens.get("eot_token"), *_TURN_END)
         ids = [backend.token_to_id(name) for name in names if name]
         self.turn_end_id: int | None = next((i for i in ids if i is not None), None)

@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from gemma4_impl.config import FULL, SLIDING, TextConfig
 from gemma4_impl.names import from_hf
+from reference.tiny_vision import processor_config, vision_config
 
 _COMMON = {
     "vocab_size": 512,
@@ -117,16 +118,6 @@ def aligned(variant: str, multiple: int) -> dict[str, Any]:
     return {key: value for key, value in ALIGNED[multiple].items() if TINY[variant].get(key)}
 
 
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "position_embedding_size": 64,
-}
-
 _MARKER_NAMES = {
     "boi": "<|image>",
     "image": "<|image|>",
@@ -180,6 +171,8 @@ def make_tiny(
             _split(tmp, shards)
         if hub_form:
             _to_hub_form(tmp / "config.json")
+        if multimodal:
+            _write_json(tmp / "processor_config.json", processor_config(variant))
         _write_tokenizer(tmp)
         tmp.replace(target)
     finally:
@@ -218,12 +211,10 @@ def _quiet() -> Iterator[None]:
 def _build(variant: str, kwargs: Mapping[str, Any], multimodal: bool) -> transformers.PreTrainedModel:
     config = transformers.Gemma4TextConfig(**kwargs)
     if multimodal:
-        small = variant.startswith("E")
-        vision = transformers.Gemma4VisionConfig(**_VISION, use_clipped_linears=small, standardize=not small)
         ids = {f"{name}_token_id": _MARKERS[text] for name, text in _MARKER_NAMES.items() if name != "eoa"}
         config = transformers.Gemma4Config(
             text_config=config,
-            vision_config=vision,
+            vision_config=vision_config(variant),
             eoa_token_index=_MARKERS[_MARKER_NAMES["eoa"]],
             tie_word_embeddings=config.tie_word_embeddings,
             **ids,
@@ -270,7 +261,9 @@ def _weight(name: str, z: torch.Tensor, text: transformers.Gemma4TextConfig) -> 
     if leaf in ("scale", "per_expert_scale", "std_scale") or name.endswith("norm.weight") or "layernorm" in name:
         return off_one
     if leaf in ("input_min", "output_min", "input_max", "output_max"):
-        return (2 + z.abs()) * (-1 if leaf.endswith("min") else 1)
+        # An average of values, which o_proj is given, is smaller than one of them.
+        bound = (1.2 + 0.5 * z.abs()) * (0.25 if "o_proj" in name else 1)
+        return -bound if leaf.endswith("min") else bound
     if name.endswith("router.proj.weight"):
         return 2 * z
     if name == "embed_tokens_per_layer.weight":
@@ -342,10 +335,13 @@ _TEMPLATE = """\
         {{- message['content'] -}}
     {%- else -%}
         {%- for part in message['content'] -%}
-            {%- if part['type'] != 'text' -%}
-                {{- raise_exception('only text parts are supported, got ' + part['type']) -}}
+            {%- if part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- elif part['type'] == 'image' -%}
+                {{- '\\n\\n<|image|>\\n\\n' -}}
+            {%- else -%}
+                {{- raise_exception('only text and images are supported, got ' + part['type']) -}}
             {%- endif -%}
-            {{- part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
     {{- '<turn|>\\n' -}}

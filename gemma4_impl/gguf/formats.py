@@ -50,8 +50,6 @@ def _word(*pattern: int) -> int:
     return int.from_bytes(bytes(pattern) * (8 // len(pattern)), "little", signed=True)
 
 
-_BIT = _word(0x01)
-_LOW2 = _word(0x03)
 _LOW4 = _word(0x0F)
 _LOW6 = _word(0x3F)
 _FIELDS = _word(0x33)
@@ -215,19 +213,20 @@ def _q4_k(blocks: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor) -> None:
 def _q5_k(blocks: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor) -> None:
     _k_scales(blocks, scale, zero)
     # Bit i of byte j is the fifth bit of weight j of run i.
+    bits = _field(blocks, 16, 48)
     codes = qdata.view(torch.int64).view(-1, 8, 4)
-    torch.bitwise_right_shift(_field(blocks, 16, 48)[:, None], torch.arange(8)[:, None], out=codes)
-    codes &= _BIT
-    codes <<= 4
+    torch.stack([bits << 4 - i if i < 4 else bits >> i - 4 for i in range(8)], 1, out=codes)
+    codes &= _word(0x10)
     codes |= _nibbles(_field(blocks, 48, 176), 32).view_as(codes)
 
 
 def _q6_k(blocks: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor | None) -> None:
     torch.mul(_field(blocks, 192, 208, torch.int8).float(), _halves(blocks, 208, 210), out=scale)
+    # Bits 2i, 2i + 1 of byte j are the upper bits of weight j of run i.
+    bits = _field(blocks, 128, 192).view(-1, 2, 4)
     codes = qdata.view(torch.int64).view(-1, 2, 4, 4)
-    torch.bitwise_right_shift(_field(blocks, 128, 192).view(-1, 2, 1, 4), torch.arange(0, 8, 2)[:, None], out=codes)
-    codes &= _LOW2
-    codes <<= 4
+    torch.stack((bits << 4, bits << 2, bits, bits >> 2), 2, out=codes)
+    codes &= _word(0x30)
     codes |= _nibbles(_field(blocks, 0, 128), 64).view_as(codes)
     # Subtracts 32 from each byte without a borrow from its neighbour.
     codes += _word(0x60)

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,7 +63,7 @@ class TensorInfo:
         return bytes_per_row(self.type, self.shape[-1])
 
 
-class GGUFArray(Sequence):
+class GGUFArray:
     """An array of the metadata, decoded when asked for: as Python values, or numbers as a numpy view of the file."""
 
     def __init__(self, source: str, data: mmap.mmap, span: slice, count: int, kind: int):

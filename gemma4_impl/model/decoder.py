@@ -13,6 +13,7 @@ from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
 from gemma4_impl.model.cache import Keys, KVCache
 from gemma4_impl.model.moe import Experts, Router
 from gemma4_impl.model.rope import RotaryEmbedding, apply_rotary
+from gemma4_impl.model.soft_tokens import SoftTokens
 
 KV = dict[int, tuple[Tensor, Tensor]]
 """Keys and values [B, K, S, H] of the layers run so far, for the KV-shared layers that read them."""
@@ -91,6 +92,7 @@ class Gemma4(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         logits: Literal["all", "last", "none"] = "all",
+        images: SoftTokens | None = None,
     ) -> Tensor | None:
         """tokens [B, T] -> logits [B, T, V], softcapped, in the model's dtype.
 
@@ -100,6 +102,7 @@ class Gemma4(nn.Module):
             cache: read and appended to. Rows of different lengths are fine.
             logits: "last" gives [B, 1, V] of each row's last token and sends only that one through the KV-shared
                 layers; "none" stops after the last layer that fills the cache, and returns None.
+            images: what stands in the place of tokens; a block of bidirectional ones must be fed whole.
         Raises ValueError for a token id outside the vocabulary, shapes that do not match, or what the cache refuses.
         """
         config = self.config
@@ -115,7 +118,12 @@ class Gemma4(nn.Module):
         taps.at(positions)
 
         # 1. Embeddings
-        x = taps.tap("", "embed", self.embed_tokens(tokens))
+        if images is not None:
+            tokens = tokens.masked_fill(images.mask, config.pad_token_id)
+        x = self.embed_tokens(tokens)
+        if images is not None:
+            x = torch.where(images.mask[..., None], images.embeds, x)
+        x = taps.tap("", "embed", x)
         per_layer_inputs = self.per_layer_inputs(tokens, x)
 
         # 2. What each layer type attends to
@@ -124,7 +132,7 @@ class Gemma4(nn.Module):
         else:
             keys = {kind: Keys(positions, None, unpadded) for kind in self.rope}
         causal_from = start if unpadded else None
-        masks = {kind: self._mask(kind, positions, keys[kind], causal_from) for kind in self.rope}
+        masks = {kind: self._mask(kind, positions, keys[kind], causal_from, images) for kind in self.rope}
         masks = {kind: _additive(mask, x.dtype) for kind, mask in masks.items()}
         rotary = {kind: rope(positions) for kind, rope in self.rope.items()}
 
@@ -166,10 +174,14 @@ class Gemma4(nn.Module):
         identity = self.embed_tokens_per_layer(tokens).view(shape)
         return taps.tap("", "per_layer_inputs", (context + identity) * 2**-0.5)
 
-    def _mask(self, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Tensor | Literal["causal"] | None:
+    def _mask(
+        self, kind: str, positions: Tensor, keys: Keys, start: int | None, images: SoftTokens | None
+    ) -> Tensor | Literal["causal"] | None:
         """What to hide: nothing (None), the future of a square chunk ("causal"), or a mask [B, 1, T, S]."""
         T = positions.shape[1]
         window = self.config.sliding_window if kind == SLIDING else None
+        if images is not None and images.bidirectional and kind == SLIDING:
+            return attention_mask(positions, keys.positions, window, images.ends(positions))
         if keys.contiguous and start is not None and (window is None or start + T <= window):
             if T == 1:
                 return None
@@ -352,13 +364,14 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(tokens) * self.scale[self.weight.dtype]
 
 
-def attention_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def attention_mask(queries: Tensor, keys: Tensor, window: int | None, ends: Tensor | None = None) -> Tensor:
     """Positions of queries [B, T] and keys [B, S] -> bool [B, 1, T, S], True where a query may look.
 
-    A query sees keys at its own position and before, the last `window` of them if given. A padded query sees
-    everything: its output is never used, but a row without any key would turn it into NaN and spread."""
+    A query sees keys at its own position and before, or up to `ends` [B, T]; of those before it the last `window`,
+    itself included, if given. A padded query sees everything: its output is never used, but a row without any key
+    would turn it into NaN and spread."""
     q, k = queries[:, None, :, None], keys[:, None, None, :]
-    visible = (k <= q) & (k >= 0)
+    visible = (k <= (q if ends is None else ends[:, None, :, None])) & (k >= 0)
     if window is not None:
         visible &= k > q - window
     return visible | (q < 0)

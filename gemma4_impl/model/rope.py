@@ -14,7 +14,7 @@ def inverse_frequencies(head_dim: int, rope: RopeParameters) -> Tensor:
     pairs = head_dim // 2
     rotated = int(rope.partial_rotary_factor * head_dim // 2)
     exponents = torch.arange(pairs, dtype=torch.float64, device="cpu") * 2 / head_dim
-    frequencies = rope.rope_theta**-exponents
+    frequencies = float(rope.rope_theta) ** -exponents
     frequencies[rotated:] = 0
     return frequencies
 

@@ -4,13 +4,13 @@ needs no torchao."""
 import hashlib
 import json
 from pathlib import Path
-from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
 from gemma4_impl import names
 from gemma4_impl.checkpoint import FLOATS, Checkpoint, CheckpointError, quantization_config, update_hash
+from gemma4_impl.errors import short
 from gemma4_impl.quant.stored import INT4, PARTS, Stored, check_parts, join, part_name, read_metadata
 from gemma4_impl.quant.tensor import QuantizedTensor
 

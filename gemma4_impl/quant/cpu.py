@@ -58,11 +58,11 @@ class Int8Weight(_KernelWeight):
 
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype):
         super().__init__(weight.shape, dtype, weight.device)
-        self.register_buffer("qdata", weight.qdata.contiguous())
+        self.register_buffer("qdata", _aligned(weight.qdata))
         self.register_buffer("scale", weight.scale[..., 0].to(torch.bfloat16))
 
     def _multiply(self, x: Tensor, expert: int | None) -> Tensor:
-        return torch._weight_int8pack_mm(x, *self._matrix(expert))
+        return torch._weight_int8pack_mm(_aligned(x), *self._matrix(expert))
 
     def blocks(self, dtype: torch.dtype, expert: int | None = None) -> Iterator[Tensor]:
         qdata, scale = self._matrix(expert)
@@ -73,6 +73,12 @@ class Int8Weight(_KernelWeight):
 
     def _matrix(self, expert: int | None) -> tuple[Tensor, Tensor]:
         return (self.qdata, self.scale) if expert is None else (self.qdata[expert], self.scale[expert])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and at a multiple of 64 bytes: the int8 kernel faults on others, and a mapped file has them anywhere."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
 class Int4Weight(_KernelWeight):

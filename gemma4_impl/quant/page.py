@@ -160,6 +160,10 @@ def _inline(text: str) -> Markup:
     """An <svg> element that fills its container, in the page's colours."""
     text = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    # What nothing refers to, and digits that nobody sees.
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)
+    text = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace("\n", ""), text)
+    text = re.sub(r">\s+<", "><", text)
     colours = {value: name for name, value in _VARIABLES.items()} | {_colour(i): f"kind-{i}" for i in range(COLOURS)}
     text = re.sub(r"#0[12]0[12]0[0-9a-f]", lambda match: f"var(--{colours[match[0]]})", text)
     label = "Signal-to-quantization-noise ratio by layer, one line for each kind of linear"

@@ -1,11 +1,9 @@
 """Weights -> codes and scales: `quantize`. Arithmetic is in float32, and in blocks of groups."""
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
+from gemma4_impl.gguf.pieces import in_pieces
 from gemma4_impl.quant.hqq import Codes, refine
 from gemma4_impl.quant.recipe import QuantConfig
 from gemma4_impl.quant.tensor import QuantizedTensor
@@ -51,15 +49,17 @@ def quantize(
     codes, scales = qdata.view(len(groups), -1), scale.view(-1, 1)
     zeros = None if zero is None else zero.view(-1, 1)
 
-    def block(start: int) -> None:
-        part = slice(start, start + step)
-        try:
-            _quantize_block(groups[part], config, codes[part], scales[part], None if zeros is None else zeros[part])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
     step = max(1, _BLOCK[config.method] // G)
-    _each(block, range(0, len(groups), step))
+
+    def run(piece: slice) -> None:
+        for start in range(piece.start, min(piece.stop, len(groups)), step):
+            part = slice(start, min(start + step, piece.stop))
+            _quantize_block(groups[part], config, codes[part], scales[part], None if zeros is None else zeros[part])
+
+    try:
+        in_pieces(run, len(groups), G)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return QuantizedTensor(qdata, scale, zero, config.bits, offset=8 if config.bits == 4 else 0)
 
 
@@ -73,22 +73,6 @@ def _check(weight: Tensor, config: QuantConfig, dtype: torch.dtype, name: str) -
     K = weight.shape[-1]
     if K % (config.group_size or 1) or (config.bits == 4 and K % 2):
         raise ValueError(f"{name}: has rows of {K} weights, which groups of {config.group_size or 2} do not divide")
-
-
-def _each(run, items: Iterable[int]) -> None:
-    """Calls `run` for each item, on as many threads as torch may use; the torch operators within use one each."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        for item in items:
-            run(item)
-        return
-    try:
-        # Not torch's own threads: they meet after every operator, which costs most where others use the cores too.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(run, items):
-                pass
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _quantize_block(groups: Tensor, config: QuantConfig, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:

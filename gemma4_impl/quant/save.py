@@ -161,8 +161,6 @@ def _jobs(checkpoint: Checkpoint, recipe: QuantRecipe) -> tuple[list[_Job], list
         if how is None:
             jobs.append(_Job(name, hf_name, origin, dtype, dtype, shape))
         else:
-            if how.bits == 8 and not how.symmetric:
-                raise RecipeError(f"recipe {recipe.name!r}: {name}: 8 bits must be symmetric in torchao's format")
             stored = Stored(torchao.KINDS[how.bits], shape, how.group_size or shape[-1], how.bits)
             jobs.append(_Job(name, hf_name, origin, dtype, scale_dtype, shape, how, stored))
     if all(job.config is None for job in jobs):

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemma4_impl.errors import short
 from gemma4_impl.quant.container import CODES, Spec
 from gemma4_impl.quant.tensor import QuantizedTensor
 

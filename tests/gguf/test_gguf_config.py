@@ -216,8 +216,13 @@ def test_an_absent_key_means_what_llama_cpp_takes_it_to_mean(tmp_path):
     }
     file = write_config(tmp_path / "x.gguf", SMALL, **dict.fromkeys(absent))
     assert config_from_file(file) == SMALL
-    file = write_config(tmp_path / "x.gguf", SMALL, **{"gemma4.final_logit_softcapping": None})
-    assert config_from_file(file).final_logit_softcapping is None
+
+
+def test_a_model_without_softcapping(tmp_path):
+    """The converter leaves the key out, or the value 0; llama.cpp itself would then cap at 30."""
+    for value in (None, 0.0):
+        file = write_config(tmp_path / "x.gguf", SMALL, **{"gemma4.final_logit_softcapping": value})
+        assert config_from_file(file).final_logit_softcapping is None
 
 
 def test_keys_that_change_nothing(tmp_path):
@@ -440,3 +445,11 @@ def test_no_such_file(tmp_path):
     for read in (config_from_file, TextConfig.from_file):
         with pytest.raises(FileNotFoundError, match=r"x\.gguf: no such file"):
             read(tmp_path / "x.gguf")
+
+
+def test_any_file_name_but_that_of_json_will_do(tmp_path):
+    write_config(tmp_path / "x.gguf", SMALL).rename(tmp_path / "blob")
+    assert TextConfig.from_file(tmp_path / "blob") == SMALL
+    (tmp_path / "blob").rename(tmp_path / "x.json")
+    with pytest.raises(ConfigError, match=r"x\.json: not valid JSON"):
+        TextConfig.from_file(tmp_path / "x.json")

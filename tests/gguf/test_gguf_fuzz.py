@@ -8,12 +8,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from raw_gguf import ARRAY, STRING, U16, U32, array, header, key, tensor, text, u32
 
-from gemma4_impl.checkpoint import CheckpointError
+from gemma4_impl.checkpoint import CheckpointError, check_fits
 from gemma4_impl.config import ConfigError
 from gemma4_impl.gguf.checkpoint import GGUFCheckpoint
 from gemma4_impl.gguf.reader import GGUFError, GGUFFile
+from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.names import GGUF_ROPE_FREQS
 from reference.tiny_gguf import make_tiny_gguf
 
 COUNT = 10_000
@@ -27,13 +30,15 @@ INTERESTING += [1 << 40, 1 << 61, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 
 
 @pytest.fixture(scope="module")
 def bases(tiny, tmp_path_factory) -> list[tuple[bytes, int]]:
-    """Headers to damage, each with the length of the data after it (which are holes: no test looks at them)."""
+    """Headers to damage, with `rope_freqs` behind them, and the length of the other data, which are holes."""
     folder = tmp_path_factory.mktemp("bases")
     out = []
     for variant, options in (("E2B", {}), ("26B-A4B", {"separate_experts": True})):
         file = make_tiny_gguf(tiny(variant), folder / f"{variant}.gguf", **options)
-        start = min(info.offset for info in GGUFFile(file).tensors.values())
-        out.append((file.read_bytes()[:start], file.stat().st_size - start))
+        first = min(GGUFFile(file).tensors.values(), key=lambda info: info.offset)
+        assert first.name == GGUF_ROPE_FREQS
+        end = first.offset + first.nbytes
+        out.append((file.read_bytes()[:end], file.stat().st_size - end))
     keys = [
         key("general.architecture", STRING, text("gemma4")),
         key("general.alignment", U32, u32(64)),
@@ -48,12 +53,13 @@ def damaged(base: bytes, rng: random.Random) -> bytes:
     """The header with one to three things wrong."""
     data = bytearray(base)
     # Most of a real header is vocabulary: half the damage is done near the start, where the counts are.
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
         end = len(data) if rng.random() < 0.5 else min(len(data), 600)
         at = rng.randrange(max(1, end))
-        kind = rng.randrange(8)
+        # What changes no length gets further in than what shifts all that follows.
+        kind = rng.choice([0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7])
         if kind == 0:
-            for _ in range(rng.randint(1, 8)):
+            for _ in range(rng.choice([1, 1, 2, 8])):
                 data[rng.randrange(at, min(len(data), at + 32))] ^= 1 << rng.randrange(8)
         elif kind == 1:
             del data[at:]
@@ -92,9 +98,8 @@ def read(path: Path) -> str:
         return "a part is missing"
     try:
         checkpoint = GGUFCheckpoint(path)
-        assert checkpoint.config
-        for name in checkpoint.files:
-            assert checkpoint.shape(name)
+        with torch.device("meta"):
+            check_fits(Gemma4(checkpoint.config), checkpoint)
     except (GGUFError, ConfigError, CheckpointError) as error:
         check_message(path, error)
         return "no model"
@@ -136,7 +141,7 @@ def test_damaged_headers(chunk, bases, tmp_path):
         assert seconds < 1, (seed, seconds)
     # Both sides of the line are visited, or this tests nothing.
     assert outcomes["refused"] > COUNT // CHUNKS / 4, outcomes
-    assert outcomes["read"] + outcomes["no model"] > COUNT // CHUNKS / 50, outcomes
+    assert min(outcomes["read"], outcomes["no model"]) > COUNT // CHUNKS / 100, outcomes
 
 
 def test_the_bases_are_whole(bases, tmp_path):
@@ -145,4 +150,4 @@ def test_the_bases_are_whole(bases, tmp_path):
         path = tmp_path / f"{i}.gguf"
         path.write_bytes(data + bytes(length))
         found.append(read(path))
-    assert found == ["no model"] * 3, "rope_freqs lies in the data, which are holes"
+    assert found == ["read", "read", "no model"]

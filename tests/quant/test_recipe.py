@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -156,6 +156,7 @@ class TestRules:
     def test_layers_leave_out_what_is_in_none(self) -> None:
         assert not QuantRule("*", INT4, "0:").matches("lm_head.weight", 35)
 
+    @settings(deadline=None)
     @given(st.integers(1, 70), st.data())
     def test_layers_are_slices(self, depth: int, data: st.DataObject) -> None:
         bound = st.none() | st.integers(-80, 80)
@@ -170,6 +171,7 @@ class TestRules:
         else:
             assert {i for i, name in enumerate(names) if rule.matches(name, depth)} == expected
 
+    @settings(deadline=None)
     @given(st.integers(1, 70), st.integers(-80, 80))
     def test_layers_are_indices(self, depth: int, index: int) -> None:
         rule = QuantRule("*", INT4, str(index))
@@ -180,6 +182,7 @@ class TestRules:
             with pytest.raises(ValueError, match=f"the model has {depth} layers, and no layer {index}"):
                 rule.matches(names[0], depth)
 
+    @settings(deadline=None)
     @given(st.integers(1, 200))
     def test_edge_is_an_eighth_on_either_side(self, depth: int) -> None:
         rule = QuantRule("*", INT4, "edge")
@@ -332,6 +335,7 @@ config = { bits = 4, group_size = 64, symmetric = false, method = "hqq" }
 
 
 class TestFiles:
+    @settings(deadline=None)
     @given(recipes)
     def test_dict_and_back(self, recipe: QuantRecipe) -> None:
         assert QuantRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
