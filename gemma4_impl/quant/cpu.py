@@ -76,7 +76,7 @@ class Int8Weight(_KernelWeight):
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, and at a multiple of 64 bytes: the int8 kernel faults on others, and a mapped file has them anywhere."""
+    """Contiguous, at a multiple of 64 bytes: the int8 kernel faults on others, and a mapped file has them anywhere."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 64 else tensor
 

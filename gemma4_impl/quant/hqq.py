@@ -59,7 +59,7 @@ def refine(
     n, size = groups.shape
     dim = 1 if size > _TRANSPOSED else 0
     if dim == 0 and n % _COLUMNS:
-        index = _padded(torch.arange(n))
+        index = _padded(torch.arange(n, device=groups.device))
         groups, scale, zero = (None if t is None else t[index] for t in (groups, scale, zero))
     weights = groups if dim else groups.t().contiguous()
     shape = (-1, 1) if dim else (1, -1)
@@ -82,7 +82,7 @@ class _Descent:
         self.scale, self.zero, self.codes, self.method = scale, zero, codes, method
         self.best_scale, self.best_zero = scale.clone(), None if zero is None else zero.clone()
         self.best_loss: Tensor | None = None
-        self.buffers = [torch.empty(weights.numel()) for _ in range(4)]
+        self.buffers = [torch.empty(weights.numel(), device=weights.device) for _ in range(4)]
 
     def run(self, ratio: float) -> None:
         """Descends from `ratio` times the first scale, with the range about the same middle."""

@@ -65,9 +65,7 @@ def quantize(
 
 def _check(weight: Tensor, config: QuantConfig, dtype: torch.dtype, name: str) -> None:
     if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():
-        raise ValueError(
-            f"{name}: is {weight.dtype} {list(weight.shape)}; expected floats [..., N, K], and some of them"
-        )
+        raise ValueError(f"{name}: is {weight.dtype} {list(weight.shape)}; expected floats [..., N, K], not empty")
     if dtype not in SCALE_DTYPES:
         raise ValueError(f"{name}: scales cannot be {dtype}; choose float32, bfloat16 or float16")
     K = weight.shape[-1]

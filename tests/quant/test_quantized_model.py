@@ -70,16 +70,16 @@ def folder(tmp_path_factory):
 @torch.no_grad()
 def logits(model: Gemma4, path: str, routing: dict[str, Tensor]) -> Tensor:
     """All logits [1, L, V], by one forward or by a prefill in chunks and then one token at a time."""
-    length = TOKENS.shape[1]
+    length, tokens = TOKENS.shape[1], TOKENS.to(model.device)
     with taps.recording(taps.Recorder(1, length, "logits", routing=routing)) as recorder:
         if path == "full":
-            model(TOKENS)
+            model(tokens)
         else:
             cache = model.make_cache(1, length, max_chunk=7)
             for start in range(0, 14, 7):
-                model(TOKENS[:, start : start + 7], cache=cache)
+                model(tokens[:, start : start + 7], cache=cache)
             for i in range(14, length):
-                model(TOKENS[:, i : i + 1], cache=cache)
+                model(tokens[:, i : i + 1], cache=cache)
     return recorder.values["logits"]
 
 
@@ -153,6 +153,21 @@ def test_a_quantized_table_of_per_layer_inputs(folder):
     model = Gemma4.from_weights(OnTheFly(folder("E2B"), choose), torch.float32)
     assert isinstance(model.embed_tokens_per_layer, QuantizedEmbedding)
     assert model.embed_tokens_per_layer.weight.shape == (512, 9 * 32)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_device_without_a_packer(folder, variant, dtype):
+    """Runs on the codes as they are."""
+    expected, routing = truth(folder(variant), dtype)
+    quantized = Gemma4.from_weights(OnTheFly(folder(variant), choose), dtype, "cuda")
+    dense = Gemma4.from_weights(Dequantized(folder(variant), choose), dtype, "cuda")
+    packed = [module for module in quantized.modules() if isinstance(module, PackedWeight)]
+    assert {(weight.kernel, weight.device.type) for weight in packed} == {("dequantize", "cuda")}
+    error, reference = (measure(logits(model, "cached", routing), expected).rel_l2 for model in (quantized, dense))
+    (check,) = check_total(error, [reference], dtype).values()
+    assert not check.red, check
 
 
 # The head
