@@ -129,4 +129,6 @@ def tie_head(model: nn.Module, backend: str | None = None) -> None:
         model.lm_head.weight = weight
         return
     packed = pack_weight(weight.quantized, weight.dtype, weight.device, backend)
+    if isinstance(packed, cpu.Int8Weight):
+        weight.qdata = packed.qdata  # which may be an aligned copy
     model.lm_head = QuantizedLinear(weight if packed.kernel == weight.kernel else packed)

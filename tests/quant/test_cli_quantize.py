@@ -1,6 +1,7 @@
 """The command `gemma4 quantize`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,8 @@ def test_quantizes_and_generates(source, tmp_path):
 
 @pytest.mark.parametrize("variant", ["E4B", "26B-A4B", "31B"])
 def test_what_it_makes_is_the_model(tmp_path, variant):
-    """Loaded back in float32: the logits of the dequantized weights, up to rounding (a unit in the last place grows by
-    less than 100 over these layers: ten times what transformers and ours differ by)."""
+    """Loaded back in float32: the logits of the dequantized weights, up to rounding. Those are themselves 25 to 29 units
+    of 2**-24 away from float64; four times that is allowed."""
     source = make_tiny(variant, tmp_path / "s", overrides=aligned(variant, 32))
     assert run("quantize", source, "-o", tmp_path / "q").exit_code == 0
     checkpoint = open_checkpoint(tmp_path / "q")
@@ -143,22 +144,23 @@ def test_ctrl_c_leaves_nothing(source, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bar_shows_on_a_terminal(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("FORCE_COLOR", "1")
+def test_the_bar_shows_on_a_terminal(source, tmp_path):
     code = (
         "import sys; sys.stderr.isatty = lambda: True; from gemma4_impl.cli import cli; "
-        "import gemma4_impl.quant.save as s; s._BLOCK = 2000; cli()"
+        "import gemma4_impl.quant.save as s; s._BLOCK = 20000; cli()"
     )
     command = [sys.executable, "-c", code, "quantize", str(source), "-o", str(tmp_path / "q")]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin", "FORCE_COLOR": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     assert "quantizing" in done.stderr
     assert "Mweights/s" in done.stderr
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, gemma4_impl.cli as c; c.cli(['quantize', '-h'], standalone_mode=False); print('torch' in sys.modules)"
+    code = (
+        "import sys, gemma4_impl.cli as c; c.cli(['quantize', '-h'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--shard-size" in done.stdout
     assert done.stdout.endswith("False\n")

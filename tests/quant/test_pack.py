@@ -247,6 +247,24 @@ def test_shapes_and_strides_of_inputs(bits, group):
     assert p.linear(torch.full((1, 64), torch.nan, dtype=BF16)).isnan().all()
 
 
+def displaced(tensor: Tensor, elements: int) -> Tensor:
+    """The same values in memory that starts so many elements after an aligned address, as in a mapped file."""
+    out = torch.empty(elements + tensor.numel(), dtype=tensor.dtype)[elements:].view(tensor.shape)
+    return out.copy_(tensor)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 16), (8, None), (4, 8)])
+@pytest.mark.parametrize("elements", [1, 4, 8, 12])
+def test_any_alignment(bits, group, elements):
+    q = stack(bits, 32, 64, group, zero=bits == 4)
+    scale, zero = (None if t is None else displaced(t, elements) for t in (q.scale, q.zero))
+    moved = QuantizedTensor(displaced(q.qdata, elements), scale, zero, q.bits, q.offset)
+    for M in (1, 3, 5):
+        x = torch.randn(M, 64).to(BF16)
+        y = pack_weight(moved, BF16).linear(displaced(x, elements))
+        assert torch.equal(y, pack_weight(q, BF16).linear(x))
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, None), (4, 8)])
 def test_only_the_dtype_computed_in_follows_the_model(bits, group):
     p = pack_weight(stack(bits, 32, 64, group, zero=bits == 4), BF16)

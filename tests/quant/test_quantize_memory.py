@@ -1,7 +1,6 @@
 """Quantizing holds far less than the largest tensor, let alone the model."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,21 +31,23 @@ def watch():
     while not done.wait(0.0005):
         peak = max(peak, status("VmRSS"))
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 quantize_checkpoint(large, out, RECIPES[recipe])
 done.set()
 watcher.join()
 print(peak - start)
 """
-ROWS, COLUMNS = 1_600_000, 96
+ROWS, COLUMNS = 262_144, 576
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_peak_memory(tmp_path):
     """Resident memory, mapped pages of the source among it, sampled every half millisecond while a checkpoint with an
-    embedding of 307 MB is quantized. 2.5 times that may be used; blocks of 4M weights should need no more than 0.75."""
-    small = make_tiny("31B", tmp_path / "small", dtype="bfloat16", overrides=aligned("31B", 32))
+    embedding of 302 MB is quantized. 2.5 times that may be used; blocks of 4M weights should need no more than 0.75."""
+    small = make_tiny(
+        "31B", tmp_path / "small", dtype="bfloat16", overrides=aligned("31B", 32) | {"hidden_size": COLUMNS}
+    )
     large = tmp_path / "large"
     large.mkdir()
     tensors = load_file(small / "model.safetensors")
@@ -58,9 +59,9 @@ def test_peak_memory(tmp_path):
     (large / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-c", MEASURE, str(small), str(large), str(tmp_path / "q"), "default"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert largest > 290
+    assert largest > 280
     assert (tmp_path / "q/model.safetensors").stat().st_size > 1.6 * ROWS * COLUMNS
     assert 8 < float(done.stdout) < 0.75 * largest, done.stdout
     for file in (large, tmp_path / "q"):

@@ -173,6 +173,22 @@ def test_a_device_without_a_packer(folder, variant, dtype):
 # The head
 
 
+def memory_read(model: Gemma4) -> int:
+    """By a step that attends to one position: all memory but the rows and experts that are not chosen."""
+    config, head = model.config, {id(t) for t in [*model.lm_head.parameters(), *model.lm_head.buffers()]}
+    tensors = {id(t): (name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    read = 0
+    for name, t in tensors.values():
+        if name.startswith("embed_tokens") and id(t) not in head:
+            assert len(t) in (512, 0)
+            read += t[:1].nbytes
+        elif ".experts." in name:
+            read += t[: config.top_k_experts].nbytes
+        else:
+            read += t.nbytes
+    return read + sum(2 * layer.num_key_value_heads * layer.head_dim * model.dtype.itemsize for layer in config.layers)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("embedding", [(8, None, False), (8, 16, False), None])
 def test_tied_head(folder, embedding, dtype):
@@ -193,22 +209,7 @@ def test_tied_head(folder, embedding, dtype):
         assert head.qdata is table.qdata
     else:
         assert head.kernel == "int4pack"
-    D, V = model.config.hidden_size, model.config.vocab_size
-    rest = sum(t.nbytes for n, t in [*model.named_parameters(), *model.named_buffers()] if "embed" not in n)
-    rest -= sum(t.nbytes for n, t in model.named_buffers() if n.startswith("lm_head"))
-    read = (
-        bytes_per_token(model, 1)
-        - rest
-        - sum(2 * layer.num_key_value_heads * layer.head_dim * dtype.itemsize for layer in model.config.layers)
-    )
-    whole = sum(t.nbytes for t in (head.buffers() if isinstance(head, PackedWeight) else [head]))
-    row = 0 if head is table or embedding is None else sum(t.nbytes // V for n, t in table.named_buffers())
-    if embedding is not None and head is not table and embedding[1] is None:
-        row -= D  # the codes are read as the head's
-    if embedding is None:
-        whole = 0  # counted with the parameters, of which the embedding is one
-        read -= V * D * dtype.itemsize
-    assert read == whole + row
+    assert bytes_per_token(model, 1) == memory_read(model)
 
 
 def test_untied_head(folder):
@@ -221,23 +222,11 @@ def test_untied_head(folder):
     assert error < 2**-8
 
 
-def test_bytes_of_packed_experts(folder):
-    """top_k of the experts, and codes and scales as they are in memory."""
-    model = Gemma4.from_weights(OnTheFly(folder("26B-A4B"), choose), torch.bfloat16)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    config = model.config
-    experts = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
-    table = sum(t.nbytes for name, t in tensors.items() if name.startswith("embed_tokens."))
-    row = table // config.vocab_size
-    if isinstance(model.lm_head, QuantizedLinear) and model.lm_head.weight.kernel == "int8pack":
-        row -= config.hidden_size
-        head_codes = config.vocab_size * config.hidden_size
-    else:
-        head_codes, row = table, 0
-    cache = sum(2 * layer.num_key_value_heads * layer.head_dim * 2 for layer in config.layers)
-    rest = sum(t.nbytes for t in tensors.values()) - experts - table
-    expected = rest + experts * config.top_k_experts // config.num_experts + head_codes + row + cache
-    assert bytes_per_token(model, 1) == expected
+@pytest.mark.parametrize("variant", ["E2B", "26B-A4B"])
+def test_bytes_per_token(folder, variant):
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Gemma4.from_weights(OnTheFly(folder(variant), choose), dtype)
+        assert bytes_per_token(model, 1) == memory_read(model)
 
 
 # Packing a model that is loaded
@@ -367,4 +356,4 @@ def test_peak_memory():
         size, largest, peak = map(float, line.split())
         assert size > 40
         assert peak <= size + largest + 16, line
-        assert peak >= size - 1, line
+        assert peak >= 0.9 * size, f"{line}: it was not measured"
