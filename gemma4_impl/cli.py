@@ -89,6 +89,7 @@ def cli() -> None:
 @click.option("--prompt", help="What to say to the model; '-' reads stdin.")
 @click.option("--tokens", help="Token ids to continue instead of a prompt, such as 2,105,9259.")
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="Shown first.  Repeatable.")
+@click.option("--mmproj", type=click.Path(path_type=Path, dir_okay=False), help="GGUF file with its vision tower.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
 @click.option("--temperature", type=float, default=1.0, help="0 is greedy.")
@@ -103,6 +104,7 @@ def generate_command(
     prompt: str | None,
     tokens: str | None,
     images: tuple[Path, ...],
+    mmproj: Path | None,
     raw: bool,
     max_new_tokens: int,
     temperature: float,
@@ -113,7 +115,7 @@ def generate_command(
     device: str | None,
     max_seq_len: int | None,
 ) -> None:
-    """Generate text with the model in the folder CHECKPOINT.
+    """Generate text with the model in the folder or GGUF file CHECKPOINT.
 
     The text goes to stdout as it comes, one line with the speed to stderr.
     """
@@ -134,7 +136,7 @@ def generate_command(
     if images:
         from gemma4_impl.vision.images import ImageEncoder
 
-        encoder = ImageEncoder.from_pretrained(checkpoint, resolve_dtype(dtype), target)
+        encoder = ImageEncoder.from_pretrained(mmproj or checkpoint, resolve_dtype(dtype), target, text=checkpoint)
     model = Gemma4.from_pretrained(checkpoint, resolve_dtype(dtype), target, progress=sys.stderr.isatty())
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop

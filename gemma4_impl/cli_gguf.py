@@ -47,6 +47,7 @@ def inspect(file: "GGUFFile") -> dict[str, Any]:
     from gemma4_impl.checkpoint import check_fits
     from gemma4_impl.gguf.checkpoint import GGUFCheckpoint
     from gemma4_impl.gguf.config import towers_in
+    from gemma4_impl.gguf.mmproj import is_vision_tower
     from gemma4_impl.model.decoder import Gemma4
 
     metadata = file.metadata
@@ -60,7 +61,8 @@ def inspect(file: "GGUFFile") -> dict[str, Any]:
                 check_fits(Gemma4(config), checkpoint)
         except ValueError as error:
             problem = str(error)
-    tensors = [_tensor(info, is_text=not tower) for info in file.tensors.values()]
+    is_vision = tower is not None and is_vision_tower(file)
+    tensors = [_tensor(info, not tower, is_vision) for info in file.tensors.values()]
     weights, nbytes = sum(t["weights"] for t in tensors), sum(t["bytes"] for t in tensors)
     return {
         "files": [str(path) for path in file.paths],
@@ -79,10 +81,12 @@ def inspect(file: "GGUFFile") -> dict[str, Any]:
     }
 
 
-def _tensor(info: Any, is_text: bool) -> dict[str, Any]:
+def _tensor(info: Any, is_text: bool, is_vision: bool) -> dict[str, Any]:
     from gemma4_impl import names
 
     held = list(names.held_by_gguf(info.name)) if is_text else []
+    if is_vision and (ours := names.tower_from_gguf(info.name)):
+        held = [ours]
     note = "" if held else "not used"
     if is_text and not held:
         note = "(which dims rotate)" if info.name == names.GGUF_ROPE_FREQS else "unknown"

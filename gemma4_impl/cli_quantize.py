@@ -1,6 +1,7 @@
 """`gemma4 quantize`: a checkpoint folder in, an int4/int8 one in torchao's format out."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def quantize_command(source: Path, out: Path, recipe: str, shard_size: str) -> N
     from gemma4_impl.quant.recipe import load_recipe
     from gemma4_impl.quant.save import quantize_checkpoint
 
-    with _bar() as progress:
+    with _terminable(), _bar() as progress:
         report = quantize_checkpoint(source, out, load_recipe(recipe), shard_bytes, progress)
     for line in summary(report, out):
         click.echo(line)
@@ -72,6 +73,20 @@ def summary(report: "QuantizationReport", out: Path) -> list[str]:
 def _size(count: int) -> str:
     unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("bytes", 1))
     return f"{count / scale:.{1 if scale > 1 else 0}f} {unit}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what was written so far is removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

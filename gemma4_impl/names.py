@@ -42,6 +42,39 @@ _GGUF_LAYER = {
 _MODEL_OF_GGUF = {theirs: ours for ours, theirs in _GGUF_MODEL.items()}
 _LAYER_OF_GGUF = {theirs: ours for ours, theirs in _GGUF_LAYER.items()}
 
+# The vision tower, in the file that llama.cpp calls `mmproj`.
+_GGUF_TOWER = {
+    "vision_tower.patch_embedder.input_proj.weight": "v.patch_embd.weight",
+    "vision_tower.patch_embedder.position_embedding_table": "v.position_embd.weight",
+    "vision_tower.std_bias": "v.std_bias",
+    "vision_tower.std_scale": "v.std_scale",
+    "embed_vision.embedding_projection.weight": "mm.input_projection.weight",
+}
+_GGUF_TOWER_LINEARS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+"""What a clipped linear of the vision tower has beside its weight."""
+_GGUF_TOWER_LAYER = {
+    "input_layernorm.weight": "ln1.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "attn_post_norm.weight",
+    "pre_feedforward_layernorm.weight": "ln2.weight",
+    "post_feedforward_layernorm.weight": "ffn_post_norm.weight",
+    **{f"{ours}.linear.weight": f"{theirs}.weight" for ours, theirs in _GGUF_TOWER_LINEARS.items()},
+    **{f"{ours}.{b}": f"{theirs}.{b}" for ours, theirs in _GGUF_TOWER_LINEARS.items() for b in CLIP_BOUNDS},
+}
+_TOWER_OF_GGUF = {theirs: ours for ours, theirs in _GGUF_TOWER.items()}
+_TOWER_LAYER_OF_GGUF = {theirs: ours for ours, theirs in _GGUF_TOWER_LAYER.items()}
+_TOWER_LAYERS = "vision_tower.encoder.layers."
+
 GGUF_ROPE_FREQS = "rope_freqs.weight"
 """Divisors of the full layers' RoPE frequencies: metadata in the form of a tensor."""
 
@@ -105,6 +138,30 @@ def held_by_gguf(name: str) -> tuple[str, ...]:
         return ()
     ours = (_GGUF_HALVES[leaf],) if leaf in _GGUF_HALVES else _GGUF_JOINED.get(leaf, ())
     return tuple(f"layers.{index}.{part}" for part in ours)
+
+
+def tower_from_gguf(name: str) -> str | None:
+    """Canonical name of a vision tensor in an `mmproj` file; None for any other, an audio tower's too."""
+    index, leaf = _block(name.removeprefix("v.")) if name.startswith("v.") else (None, name)
+    if index is None:
+        return _TOWER_OF_GGUF.get(name)
+    ours = _TOWER_LAYER_OF_GGUF.get(leaf)
+    return None if ours is None else f"{_TOWER_LAYERS}{index}.{ours}"
+
+
+def tower_to_gguf(name: str) -> str:
+    """Inverse of `tower_from_gguf`. Raises ValueError for what is no canonical name of a vision tensor."""
+    if name in _GGUF_TOWER:
+        return _GGUF_TOWER[name]
+    index, _, leaf = name.removeprefix(_TOWER_LAYERS).partition(".")
+    if not name.startswith(_TOWER_LAYERS) or not _is_index(index) or leaf not in _GGUF_TOWER_LAYER:
+        raise ValueError(f"{name!r} is no tensor of Gemma 4's vision tower")
+    return f"v.blk.{index}.{_GGUF_TOWER_LAYER[leaf]}"
+
+
+def is_gguf_audio(name: str) -> bool:
+    """Whether a tensor in an `mmproj` file belongs to the audio tower or its projector."""
+    return name.startswith(("a.", "mm.a."))
 
 
 def _block(name: str) -> tuple[str | None, str]:

@@ -3,11 +3,27 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gemma4_impl.config import TextConfig
+
+if TYPE_CHECKING:
+    from gemma4_impl.vision.config import VisionConfig
+
+
+VISION = "vision."
+"""Begins the names of the vision tower's taps [I, P, ...], of I images; those after pooling are [I, L, ...]."""
+
+
+def vision_tap_names(config: "VisionConfig") -> list[str]:
+    """Every tap of a vision tower and its projector, in execution order."""
+    suffixes = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "resid_mid", "mlp", "out")
+    layers = [f"layers.{i}.{suffix}" for i in range(config.num_hidden_layers) for suffix in suffixes]
+    names = ["patch_embed", *layers, "pool", *["standardised"] * config.standardize, "proj"]
+    return [VISION + name for name in names]
 
 
 def tap_names(config: TextConfig) -> list[str]:
@@ -31,7 +47,8 @@ class Recorder:
     NaN marks positions that were not computed; a computed NaN is kept as inf.
 
     Args:
-        batch, length: rows and positions of the sequences being run.
+        batch, length: rows and positions of the sequences being run. The vision tower's taps are as large as what it
+            is given.
         glob: only taps whose name matches are kept.
         forced: values [B, length, ...], on the CPU, that replace a tap's own value after it was recorded: what is
             recorded downstream then shows only the error created there.
@@ -58,7 +75,10 @@ class Recorder:
         out = {}
         for name in self.order:
             rows, at, values = (torch.cat(parts).cpu() for parts in zip(*self._events[name], strict=True))
-            out[name] = values.new_full((self.batch, self.length, *values.shape[1:]), torch.nan)
+            size = (self.batch, self.length)
+            if name.startswith(VISION):
+                size = (int(rows.max()) + 1, int(at.max()) + 1)
+            out[name] = values.new_full((*size, *values.shape[1:]), torch.nan)
             # NaN means "not computed"; a NaN that was computed must stay an error.
             out[name][rows, at] = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
         return out

@@ -81,6 +81,10 @@ class Tokenizer:
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
 
+    def id(self, token: str) -> int | None:
+        """The id of a vocabulary's entry, spelt as it is stored; None if there is none."""
+        return self._backend.token_to_id(token)
+
     def token(self, token: int) -> str | None:
         """The vocabulary's entry for the id `token`, as it is stored (spaces are ▁); None outside the vocabulary."""
         return self._backend.id_to_token(token) if 0 <= token < 1 << 32 else None

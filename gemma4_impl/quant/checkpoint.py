@@ -10,9 +10,11 @@ from torch import Tensor
 
 from gemma4_impl import names
 from gemma4_impl.checkpoint import FLOATS, Checkpoint, CheckpointError, quantization_config, update_hash
-from gemma4_impl.errors import short
+from gemma4_impl.errors import one_line, short
 from gemma4_impl.quant.stored import INT4, PARTS, Stored, check_parts, join, part_name, read_metadata
 from gemma4_impl.quant.tensor import QuantizedTensor
+
+_MOST_TENSORS = 100_000
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -35,7 +37,7 @@ class QuantizedCheckpoint(Checkpoint):
             try:
                 self._add(name, hf_name, json.loads(text))
             except (ValueError, TypeError, RecursionError) as error:
-                raise CheckpointError(f"{self.path}: {hf_name!r}: {error}") from None
+                raise CheckpointError(f"{self.path}: {short(hf_name)}: {one_line(error)}") from None
         if not self._stored:
             raise CheckpointError(
                 f"{self.path}: config.json says that torchao quantized it, but no safetensors file names a quantized "
@@ -58,9 +60,11 @@ class QuantizedCheckpoint(Checkpoint):
             metadata = self._handle(file).metadata() or {}
             try:
                 listed = json.loads(metadata.get("tensor_names", "[]"))
+                if len(listed) > _MOST_TENSORS:
+                    raise ValueError(f"{len(listed)} tensors are more than any model has")
                 entries = {name: metadata[name] for name in listed}
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise CheckpointError(f"{file}: its metadata is not torchao's ({_named(error)})") from None
+                raise CheckpointError(f"{file}: its metadata is not torchao's ({one_line(error)})") from None
             for name, text in entries.items():
                 if merged.setdefault(name, text) != text:
                     raise CheckpointError(f"{file}: {short(name)}: its metadata differs from another file's")
@@ -128,7 +132,7 @@ class QuantizedCheckpoint(Checkpoint):
         try:
             return join(stored, parts)
         except ValueError as error:
-            raise CheckpointError(f"{self.files[name]}: {self.hf_names[name]!r}: {error}") from None
+            raise CheckpointError(f"{self.files[name]}: {short(self.hf_names[name])}: {error}") from None
 
     def fingerprint(self) -> str:
         """sha256 over the names, dtypes, shapes and edges of everything stored, and of how it is to be read."""
@@ -138,7 +142,3 @@ class QuantizedCheckpoint(Checkpoint):
         for name in sorted(self._stored):
             digest.update(f"{name} {self._stored[name]}\n".encode())
         return digest.hexdigest()
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {short(str(error))}"

@@ -93,15 +93,16 @@ class ImageProcessor:
     max_pixels: int = MAX_PIXELS
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "ImageProcessor":
-        """The sizes of the checkpoint folder: config.json's, and the processor's own file's where there is one.
+    def from_pretrained(cls, path: str | Path, config: VisionConfig | None = None) -> "ImageProcessor":
+        """The sizes of the checkpoint folder: those of `config`, by default config.json's, and the processor's own
+        file's where there is one.
 
         Raises FileNotFoundError, and ConfigError also if the two contradict each other."""
-        config, sizes = VisionConfig.from_file(path), processor_sizes(path)
+        config, sizes = config or VisionConfig.from_file(path), processor_sizes(path)
         for key in ("patch_size", "pooling_kernel_size"):
             if sizes.get(key, getattr(config, key)) != getattr(config, key):
                 want = getattr(config, key)
-                raise ConfigError(f"{path}: the image processor's {key} is {sizes[key]}, but vision_config's is {want}")
+                raise ConfigError(f"{path}: the image processor's {key} is {sizes[key]}, but the tower's is {want}")
         return cls.from_config(config, sizes.get("max_soft_tokens", cls.max_soft_tokens))
 
     @classmethod

@@ -224,5 +224,5 @@ def test_a_processor_that_contradicts_the_model(tmp_path):
     write(tmp_path, "config.json", outer())
     assert ImageProcessor.from_pretrained(tmp_path) == ImageProcessor()
     write(tmp_path, "processor_config.json", {"image_processor": {"patch_size": 14}})
-    with pytest.raises(ConfigError, match="patch_size is 14, but vision_config's is 16"):
+    with pytest.raises(ConfigError, match="patch_size is 14, but the tower's is 16"):
         ImageProcessor.from_pretrained(tmp_path)

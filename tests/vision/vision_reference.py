@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Gemma4Config
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Gemma4Config
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
+import reference.hf  # noqa: F401  registers the tapped attention functions
 from gemma4_impl import taps
 from gemma4_impl.taps import Recorder
 from gemma4_impl.vision.config import VisionConfig
 from gemma4_impl.vision.encoder import Vision
 from gemma4_impl.vision.processing import ProcessedImages
 from reference.float64 import PromoteFloat32
+from reference.vision import reset_frequencies, tap_vision
 
 
 def vision_weights(path: Path) -> dict[str, Tensor]:
@@ -56,13 +56,13 @@ class Theirs(nn.Module):
         attention: str = "eager",
     ) -> "Theirs":
         """In float64 it is the truth: the casts to float32 within are promoted, on weights rounded to `weights`."""
-        config.vision_config._attn_implementation = attention
+        config.vision_config._attn_implementation = f"tapped_{attention}"
         model = cls(config).to(dtype)
+        tap_vision(model.vision_tower, model.embed_vision)
         model.load_state_dict({name: t.to(weights or dtype).to(dtype) for name, t in state.items()})
         model.dtype = dtype
         with model.precision():
-            rope = model.vision_tower.encoder.rotary_emb
-            rope.inv_freq = rope.compute_axial_rope_parameters(config.vision_config)[0]
+            reset_frequencies(model.vision_tower)
         return model.eval()
 
     @classmethod
@@ -81,54 +81,11 @@ class Theirs(nn.Module):
 
     def capture(self, images: ProcessedImages) -> dict[str, Tensor]:
         """Every tap [n, ...], of the patches or soft tokens of all images, one after the other."""
-        values: dict[str, Tensor] = {}
-        handles = []
-
-        def keep(name: str, index: int | None = None):
-            def hook(module, args, output=None):
-                value = output if index is None else args[0]
-                values[name] = (value[0] if isinstance(value, tuple) else value).detach().clone()
-
-            return hook
-
-        tower = self.vision_tower
-        handles.append(tower.patch_embedder.register_forward_hook(keep("vision.patch_embed")))
-        for i, layer in enumerate(tower.encoder.layers):
-            prefix = f"vision.layers.{i}."
-            handles += [
-                layer.self_attn.register_forward_hook(keep(prefix + "self_attn.out")),
-                layer.pre_feedforward_layernorm.register_forward_pre_hook(keep(prefix + "resid_mid", 0)),
-                layer.mlp.register_forward_hook(keep(prefix + "mlp")),
-                layer.register_forward_hook(keep(prefix + "out")),
-            ]
-        handles.append(tower.pooler.register_forward_hook(keep("vision.pool")))
-        implementation = tower.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, hf.eager_attention_forward)
-
-        def tapped(module, query, key, value, mask, **kwargs):
-            for name, states in (("q", query), ("k", key), ("v", value)):
-                values[f"vision.layers.{module.layer_idx}.self_attn.{name}"] = states.transpose(1, 2).detach().clone()
-            return attend(module, query, key, value, mask, **kwargs)
-
-        AttentionInterface.register("tapped_vision", tapped)
-        # Without it transformers makes no mask at all, and padding is attended to.
-        AttentionMaskInterface.register("tapped_vision", ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-        try:
-            tower.config._attn_implementation = "tapped_vision"
-            soft = self(images.pixel_values, images.positions)
-        finally:
-            tower.config._attn_implementation = implementation
-            for handle in handles:
-                handle.remove()
-        if tower.config.standardize:
-            # Between two casts of the tower's own; computed here as there, at least in float32.
-            pooled = values["vision.pool"]
-            values["vision.standardised"] = (pooled - tower.std_bias.to(pooled)) * tower.std_scale.to(pooled)
-        return _own(values, images) | {"vision.proj": soft}
+        return record(self, images)
 
 
-def record(model: Vision, images: ProcessedImages, **options: object) -> dict[str, Tensor]:
-    """Our taps in the same form; `options` are the recorder's."""
+def record(model: nn.Module, images: ProcessedImages, **options: object) -> dict[str, Tensor]:
+    """Every tap of a model, ours or theirs, in that form; `options` are the recorder's."""
     with torch.no_grad(), taps.recording(Recorder(*images.positions.shape[:2], **options)) as recorder:
         model(images.pixel_values, images.positions)
     return _own(recorder.values, images)
