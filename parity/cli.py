@@ -1,5 +1,6 @@
 """The commands that compare: capture, compare, parity, and tiny, beside those of `gemma4_impl.cli`."""
 
+import logging
 import shlex
 import sys
 import tempfile
@@ -26,6 +27,13 @@ _prompt = click.option(
     "--prompt",
     callback=lambda context, option, value: None if value is None else read_prompt(value),
     help="A text instead of --tokens; '-' reads stdin.",
+)
+_images = click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Put into the sequence: the first after its first token, or each at an image token.  Repeatable.",
 )
 _length = click.option("--length", type=click.IntRange(min=1), help="Tokens of the built-in text.  [default: W + 48]")
 
@@ -59,6 +67,7 @@ def tiny_command(variant: str, output: Path, multimodal: bool, hub_form: bool, s
 @_tokens
 @_prompt
 @_length
+@_images
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Tap file to write.")
 def capture_command(
     checkpoint: Path,
@@ -74,47 +83,58 @@ def capture_command(
     tokens: str | None,
     prompt: str | None,
     length: int | None,
+    images: tuple[Path, ...],
     output: Path,
 ) -> None:
     """Run the model in CHECKPOINT on a token sequence and write its taps to a file."""
     import torch
 
-    from gemma4_impl.checkpoint import Checkpoint
+    from gemma4_impl.checkpoint import open_checkpoint
     from gemma4_impl.config import TextConfig
     from gemma4_impl.taps import tap_names
     from parity import tapfile
     from parity.compare import routing_of
+    from parity.images import fingerprint as fingerprint_of
+    from parity.images import place
 
     if weights and dtype != "float64":
         raise ValueError(f"--weights {weights}: only with --dtype float64; in {dtype} the weights are rounded to it")
     if impl == "hf" and cache_path != "full":
         raise ValueError(f"--path {cache_path}: the reference is always run as one full forward")
     config = TextConfig.from_file(checkpoint)
-    fingerprint = Checkpoint(checkpoint).fingerprint()
-    sequence = _sequence(config, checkpoint, tokens, prompt, length)
+    fingerprint = open_checkpoint(checkpoint).fingerprint()
+    if images and stream:
+        raise ValueError("--image: not with --stream, which loads the text model only")
+    sequence, shown = place(checkpoint, _sequence(config, checkpoint, tokens, prompt, length), images)
     where = resolve_device(device)
     top_k = config.top_k_experts if config.enable_moe_block else 0
     routes, source = {}, "own"
     if routing is not None:
         truth = tapfile.load(routing)
-        if truth.meta.fingerprint != fingerprint or truth.meta.tokens != tuple(sequence):
-            raise ValueError(f"{routing}: was captured from other weights or tokens than these")
+        seen = truth.meta.fingerprint, truth.meta.tokens, truth.meta.images
+        if seen != (fingerprint, tuple(sequence), fingerprint_of(shown)):
+            raise ValueError(f"{routing}: was captured from other weights, tokens or images than these")
         routes, source = routing_of(truth.taps, top_k), f"{truth.meta.impl} {truth.meta.dtype}"
     compute = getattr(torch, dtype)
     rounded = getattr(torch, weights or ("float32" if dtype == "float64" else dtype))
     if impl == "hf":
         _need_transformers()
+        from parity.quantized import quantized_at
         from reference.hf import HFReference
 
+        quantized, truth = quantized_at(checkpoint), dtype == "float64"
+        weights = quantized and quantized.source()
+        if images and quantized:
+            raise ValueError("--image: not with --impl hf and quantized weights, which it runs as text models")
         reference = HFReference(
-            checkpoint, rounded, truth=dtype == "float64", attention=attention, device=where, stream=stream
+            checkpoint, rounded, truth=truth, attention=attention, device=where, stream=stream, weights=weights
         )
-        taps = reference.capture([sequence], glob=glob, routing=routes)
+        taps = reference.capture([sequence], glob=glob, routing=routes, images=shown)
     else:
         from parity.candidate import TorchCandidate
 
         candidate = TorchCandidate(checkpoint, compute, where, rounded)
-        taps = candidate.capture(sequence, cache_path, glob=glob, routing=routes)
+        taps = candidate.capture(sequence, cache_path, glob=glob, routing=routes, images=shown)
     if not taps:
         known = ", ".join(tap_names(config)[:4])
         raise ValueError(f"--taps {glob!r} matches none of the model's taps ({known}, ...)")
@@ -127,6 +147,7 @@ def capture_command(
         device=_device_name(where),
         path=cache_path,
         routing=source,
+        images=fingerprint_of(shown),
         top_k=top_k,
         versions=tapfile.versions(),
         precision=tapfile.precision_flags(),
@@ -183,27 +204,40 @@ def compare_command(candidate: Path, reference: Path, truth: Path | None) -> Non
 
 @cli.command("parity")
 @click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--candidate",
+    "candidates",
+    metavar="torch|quantized:DIR|gguf:FILE",
+    multiple=True,
+    help="Repeatable. DIR or FILE was made from the CHECKPOINT, which may be left out. Instead of DIR a recipe, such "
+    "as quantized:default, makes one; without a CHECKPOINT, gguf:Q4_K_M makes a tiny FILE.  [default: torch]",
+)
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES[:2]), multiple=True, help="Repeatable.  [default: both]")
 @click.option("--path", "paths", type=click.Choice(PATHS), multiple=True, help="Repeatable.  [default: all]")
 @_device
 @_tokens
 @_prompt
 @_length
+@_images
 @click.option("--stream", is_flag=True, help="Leave the reference's weights on disk, a layer in memory at a time.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/parity"))
 def parity_command(
     checkpoints: tuple[Path, ...],
+    candidates: tuple[str, ...],
     dtypes: tuple[str, ...],
     paths: tuple[str, ...],
     device: str | None,
     tokens: str | None,
     prompt: str | None,
     length: int | None,
+    images: tuple[Path, ...],
     stream: bool,
     output: Path,
 ) -> None:
     """Prove the model in each of CHECKPOINTS, tap by tap; without any, tiny ones of every variant.
 
+    A quantized candidate's error is split in three: what quantizing costs, what our reading of the file adds, and what
+    packing adds; the last two are judged.
     Exit code 0: everything is in budget; 1: something is not; 2: bad input. Writes report.html and report.json.
     """
     _need_transformers()
@@ -211,38 +245,54 @@ def parity_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from parity import engine, report
-    from reference.tiny import make_tiny
+    from gemma4_impl.config import TextConfig
+    from parity import engine, quantized, report
+    from parity import images as with_images
+    from parity.targets import TORCH, Targets, targets
 
+    if images and (stream or set(candidates) - {TORCH}):
+        raise ValueError("--image: not with --stream or a quantized candidate; only our own model, loaded whole, runs")
     where = resolve_device(device)
     for path in checkpoints:
         # What is wrong with the second checkpoint should not come to light after an hour on the first.
-        _check_checkpoint(path, tokens, prompt, length)
-    with tempfile.TemporaryDirectory(prefix="gemma4-tiny-") as folder:
-        if checkpoints:
-            folders = dict(zip(_labels(checkpoints), checkpoints, strict=True))
+        _check_checkpoint(path, tokens, prompt, length, images)
+    with tempfile.TemporaryDirectory(prefix="gemma4-parity-") as folder:
+        named = dict(zip(_labels(checkpoints), checkpoints, strict=True))
+        if images:
+            wanted, shown = Targets({}, []), with_images.labelled(named or with_images.tiny_checkpoints(Path(folder)))
         else:
-            folders = {f"tiny {v}": make_tiny(v, Path(folder) / v) for v in VARIANTS}
+            wanted, shown = targets(candidates, named, Path(folder)), {}
+        if not checkpoints:
             # On models this small two threads mostly wait for each other.
             torch.set_num_threads(1)
+        shown_paths = paths or PATHS
+        if not (checkpoints or candidates or images):
+            shown = with_images.labelled(with_images.tiny_checkpoints(Path(folder)))
+            shown_paths = [path for path in shown_paths if path in with_images.PATHS]
         dtypes, paths = dtypes or DTYPES[:2], paths or PATHS
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=len(folders) * len(dtypes) * (1 + len(paths)) + 1, completed=-1)
-            result = engine.run(
-                folders,
-                lambda config, path: _sequence(config, path, tokens, prompt, length),
-                dtypes,
-                paths,
-                where,
-                stream,
-                lambda what: progress.update(task, advance=1, description=what),
+            steps = len(dtypes) * (len(wanted.plain) * (1 + len(paths)) + len(shown) * (1 + len(shown_paths)))
+            steps += len(wanted.quantized) * quantized.steps(dtypes, paths)
+            task = progress.add_task("", total=steps + 1, completed=-1)
+            options = dtypes, paths, where, stream, lambda what: progress.update(task, advance=1, description=what)
+
+            def sequence_of(config: "TextConfig", path: Path) -> list[int]:
+                return _sequence(config, path, tokens, prompt, length)
+
+            result = engine.run(wanted.plain, sequence_of, *options)
+            result += engine.run(
+                shown, sequence_of, dtypes, shown_paths, *options[2:], images=images or with_images.drawn()
             )
+            for target in wanted.quantized:
+                at = target.original or target.candidate.path
+                sequence = with_images.place(at, sequence_of(TextConfig.from_file(at), at), ())[0]
+                quantized.run(result, target, sequence, *options)
     report.write(result, output, _meta(result, where))
     report.print_table(result, Console())
     click.echo(f"{output / 'report.html'}")
-    sys.exit(1 if result.red else 0)
+    sys.exit(1 if result.failed else 0)
 
 
 def main() -> None:
@@ -265,17 +315,26 @@ def _sequence(
     return default_tokens(config, path, length)
 
 
-def _check_checkpoint(path: Path, tokens: str | None, prompt: str | None, length: int | None) -> None:
+def _check_checkpoint(
+    path: Path, tokens: str | None, prompt: str | None, length: int | None, images: tuple[Path, ...]
+) -> None:
     import torch
 
     from gemma4_impl.checkpoint import Checkpoint, check_fits
     from gemma4_impl.config import TextConfig
     from gemma4_impl.model.decoder import Gemma4
+    from parity.images import place
+    from parity.quantized import quantized_at
 
+    if quantized := quantized_at(path):
+        raise ValueError(
+            f"{path}: is quantized; give it as --candidate {quantized.kind}:{path}, and as CHECKPOINT the one that it "
+            "was made from, if you have it"
+        )
     checkpoint, config = Checkpoint(path), TextConfig.from_file(path)
     with torch.device("meta"):
         check_fits(Gemma4(config), checkpoint)
-    _sequence(config, path, tokens, prompt, length)
+    place(path, _sequence(config, path, tokens, prompt, length), images)
 
 
 def _labels(paths: tuple[Path, ...]) -> list[str]:
@@ -306,12 +365,16 @@ def _device_name(device: "torch.device") -> str:
 
 
 def _need_transformers() -> None:
+    # What torchao lacks, which transformers imports where it is installed, is of no interest here.
+    logging.disable(logging.WARNING)
     try:
-        import transformers  # noqa: F401
+        from transformers.models.gemma4 import modeling_gemma4  # noqa: F401
     except ImportError:
         raise ValueError(
             "this command compares with transformers, which is not installed: pip install 'gemma4-parity[hf]'"
         ) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

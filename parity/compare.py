@@ -1,6 +1,7 @@
 """Holds a candidate's taps against truth and reference: verdict by tap, first divergence, routing flips."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gemma4_impl.taps import VISION
 from parity import budget
 from parity.budget import Check
 from parity.metrics import LogitMetrics, Metrics, blocks, measure, measure_logits, measure_positions, reached
@@ -138,7 +140,8 @@ def compare(
     may_be_partial: Callable[[str], bool] = lambda name: False,
     errors: dict[tuple[str, str], list[Metrics]] | None = None,
 ) -> Comparison:
-    """Judges every tap of `candidate` [B, L, ...] against `truth` [1 or B, L, ...].
+    """Judges every tap of `candidate` [B, L, ...] against `truth` [1 or B, L, ...]; of the vision tower's, a row is an
+    image and a position a patch or soft token of it.
 
     Args:
         references: the reference's own captures in `dtype`, one a variant (eager, sdpa); their error is the budget.
@@ -157,7 +160,7 @@ def compare(
     worst: dict[str, float] = defaultdict(float)
 
     def of_references(captures: Sequence[Taps], kind: str, name: str, where: Tensor) -> list[Metrics]:
-        everywhere = where.shape[0] == truth[name].shape[0] and bool(where.all())
+        everywhere = where.shape[0] == truth[name].shape[0] and torch.equal(where, reached(truth[name]))
         if not everywhere:
             return [measure(_only(capture[name], where), truth[name]) for capture in captures]
         if (kind, name) not in errors:
@@ -193,8 +196,10 @@ def compare(
         if created is not None:
             checks |= budget.check_local(created, own_local, dtype, math.prod(shape[2:]), worst[_kind(name)])
         results.append(TapResult(name, shape, total, created, checks))
-    whole = max((result.metrics.reached for result in results), default=0)
-    short = [r.name for r in results if r.metrics.reached < whole and not may_be_partial(r.name)]
+    whole = max((r.metrics.reached for r in results if not r.name.startswith(VISION)), default=0)
+    # Images have different numbers of patches and soft tokens: the truth's taps say which there are.
+    wanted = {r.name: int(reached(truth[r.name]).sum()) if r.name.startswith(VISION) else whole for r in results}
+    short = [r.name for r in results if r.metrics.reached < wanted[r.name] and not may_be_partial(r.name)]
     return Comparison(
         taps=results,
         missing=[name for name in truth if name not in candidate],
@@ -208,8 +213,8 @@ def compare(
 
 
 def _kind(name: str) -> str:
-    """`layers.3.self_attn.q` -> `self_attn.q`."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
+    """`layers.3.self_attn.q` -> `self_attn.q`, `vision.layers.3.mlp` -> `vision.mlp`."""
+    return re.sub(r"(^|\.)layers\.\d+\.", r"\1", name)
 
 
 def _relative(error: Tensor, size: Tensor, where: Tensor) -> float:

@@ -4,17 +4,23 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.config import TextConfig
+from gemma4_impl.vision.processing import ImageSource, ProcessedImages
 from parity import PATHS
 from parity.candidate import RAGGED, TorchCandidate
 from parity.compare import Comparison, Taps, compare, routing_of
+from parity.images import place
 from parity.metrics import Metrics, position_errors
 from reference.hf import HFReference
+from reference.weights import Source
+
+if TYPE_CHECKING:
+    from parity.quantized import Split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHUNKS = {"chunked": RAGGED, "left_padded": RAGGED, "right_padded": RAGGED, "decode": (1,), "generate": (1,)}
@@ -44,10 +50,12 @@ class Baseline:
     local_references: list[Taps]
     forced: Taps
     routing: Taps
+    images: ProcessedImages | None = None
+    """What stands at the image tokens."""
     errors: dict[tuple[str, str], list[Metrics]] = field(default_factory=dict)
     """What `compare` remembers of the references."""
     draws: list[Taps] = field(default_factory=list)
-    """tap -> [1, L] |r - t| of reference runs whose embedding was moved by a roundoff."""
+    """tap -> [B, L] |r - t| of reference runs whose embedding, or that of the patches, was moved by a roundoff."""
     open: Callable[[], HFReference] | None = None
     """Loads the reference once more."""
 
@@ -58,12 +66,14 @@ class Baseline:
         runs does not show how unlucky the reference itself can be. Stochastic arithmetic (Vignes 1993) does."""
         reference = reference or self.open()
         reference.use("eager")
-        embed = self.truth["embed"]
+        # One at a time: a forced embedding would take the place of what the moved patches become.
+        starts = ["embed"] if self.images is None else ["vision.patch_embed", "embed"]
         while len(self.draws) < count:
             generator = torch.Generator().manual_seed(len(self.draws))
-            sign = torch.randint(0, 2, embed.shape, generator=generator) * 2 - 1
-            moved = {"embed": embed * (1 + torch.finfo(self.dtype).eps / 2 * sign)}
-            taps = reference.capture([self.tokens], routing=self.routing, forced=moved)
+            name = starts[len(self.draws) % len(starts)]
+            sign = torch.randint(0, 2, self.truth[name].shape, generator=generator) * 2 - 1
+            moved = {name: self.truth[name] * (1 + torch.finfo(self.dtype).eps / 2 * sign)}
+            taps = reference.capture([self.tokens], routing=self.routing, forced=moved, images=self.images)
             self.draws.append({name: position_errors(taps[name], self.truth[name]) for name in taps})
 
 
@@ -79,31 +89,35 @@ def baseline(
     device: torch.device | str = "cpu",
     stream: bool = False,
     paths: Sequence[str] = PATHS,
+    weights: Source | None = None,
+    images: ProcessedImages | None = None,
 ) -> Baseline:
     """Runs the reference: in float64 for the truth, then in `dtype`, free and with the truth forced into every tap.
 
     Its variants in `dtype` are transformers' eager and sdpa attention, and eager through its own cache in the chunks
     that `paths` feed, because a product of few rows is rounded differently (not with `stream`, which would read the
     weights for each chunk). One copy of the model is held at a time; the float64 one is the largest (8 bytes a
-    parameter). With `stream` it is one layer, or the output head, of it."""
+    parameter). With `stream` it is one layer, or the output head, of it. `weights` are used in place of the
+    checkpoint's own. `images` stand at the image tokens; they take a checkpoint's own weights, without `stream`."""
     # Metal has no float64.
     where = "cpu" if torch.device(device).type == "mps" else device
-    reference = HFReference(checkpoint, dtype, truth=True, device=where, stream=stream)
+    reference = HFReference(checkpoint, dtype, truth=True, device=where, stream=stream, weights=weights)
     config = reference.config
-    truth = reference.capture([tokens])
+    truth = reference.capture([tokens], images=images)
     forced = {name: value for name, value in truth.items() if reference.forceable(name)}
     routing = routing_of(truth, config.top_k_experts)
     del reference
     gc.collect()
-    reference = HFReference(checkpoint, dtype, device=device, stream=stream)
+    reference = HFReference(checkpoint, dtype, device=device, stream=stream, weights=weights)
     free, local = [], []
     cached = [] if stream else dict.fromkeys(_CHUNKS[path] for path in paths if path in _CHUNKS)
     for attention, chunks in [("eager", ()), ("sdpa", ()), *(("eager", chunks) for chunks in cached)]:
         reference.use(attention)
-        free.append(reference.capture([tokens], routing=routing, chunks=chunks))
-        local.append(reference.capture([tokens], routing=routing, forced=forced, chunks=chunks))
-    base = Baseline(dtype, config, list(tokens), truth, free, local, forced, routing)
-    base.open = lambda: HFReference(checkpoint, dtype, device=device, stream=stream)
+        run = {"routing": routing, "chunks": chunks, "images": images}
+        free.append(reference.capture([tokens], **run))
+        local.append(reference.capture([tokens], forced=forced, **run))
+    base = Baseline(dtype, config, list(tokens), truth, free, local, forced, routing, images)
+    base.open = lambda: HFReference(checkpoint, dtype, device=device, stream=stream, weights=weights)
     base.draw(_DRAWS[0], reference)
     return base
 
@@ -112,8 +126,9 @@ def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
     """Runs `candidate` through one cache path, free and with the truth forced, and compares.
 
     Both runs use the truth's routing: a flipped choice would drown every later tap; flips are counted apart."""
-    free = candidate.capture(base.tokens, path, routing=base.routing)
-    local = candidate.capture(base.tokens, path, routing=base.routing, forced=base.forced)
+    run = {"routing": base.routing} if base.images is None else {"routing": base.routing, "images": base.images}
+    free = candidate.capture(base.tokens, path, **run)
+    local = candidate.capture(base.tokens, path, forced=base.forced, **run)
 
     def verdict() -> Comparison:
         return compare(
@@ -149,6 +164,19 @@ class Report:
     cases: list[Case] = field(default_factory=list)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """checkpoint label -> fingerprint of its weights, and the tokens it was run on."""
+    splits: list["Split"] = field(default_factory=list)
+    """Of each quantized candidate. Its cases are among `cases`."""
+    images: dict[str, ProcessedImages] = field(default_factory=dict)
+    """checkpoint label -> what its vision tower was given."""
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(
+            self.cases + other.cases, self.inputs | other.inputs, self.splits + other.splits, self.images | other.images
+        )
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.red) or any(split.red for split in self.splits)
 
     @property
     def red(self) -> list[Case]:
@@ -167,16 +195,20 @@ def run(
     device: torch.device | str = "cpu",
     stream: bool = False,
     advance: Callable[[str], None] = lambda what: None,
+    images: Sequence[ImageSource] = (),
 ) -> Report:
-    """Every checkpoint (label -> folder) in every dtype through every path. `advance` is told what comes next."""
+    """Every checkpoint (label -> folder) in every dtype through every path, with `images` put into the tokens.
+    `advance` is told what comes next. Raises as `images.place` does."""
     report = Report()
     for label, path in checkpoints.items():
         config = TextConfig.from_file(path)
-        sequence = tokens(config, path)
+        sequence, shown = place(path, tokens(config, path), images)
+        if shown is not None:
+            report.images[label] = shown
         report.inputs[label] = {"fingerprint": Checkpoint(path).fingerprint(), "tokens": sequence}
         for name in dtypes:
             advance(f"{label} {name} reference")
-            base = baseline(path, sequence, DTYPES[name], device, stream, paths)
+            base = baseline(path, sequence, DTYPES[name], device, stream, paths, images=shown)
             candidate = TorchCandidate(path, DTYPES[name], device)
             for cache_path in paths:
                 advance(f"{label} {name} {cache_path}")

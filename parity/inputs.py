@@ -29,7 +29,7 @@ def default_tokens(config: TextConfig, path: Path, length: int | None = None) ->
         else length
     )
     check_tokens(config, [0] * length)
-    if (path / "tokenizer.json").is_file() and config.vocab_size > 10_000:
+    if (path.is_file() or (path / "tokenizer.json").is_file()) and config.vocab_size > 10_000:
         ids = Tokenizer.from_pretrained(path).encode(_TEXT, bos=False)
         ids = ids * (length // len(ids) + 1)
     else:

@@ -18,6 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from gemma4_impl.taps import VISION
 from parity import budget
 from parity.compare import Comparison
 
@@ -25,23 +26,23 @@ from parity.compare import Comparison
 _VARIABLES = {
     name: f"#0101{i:02x}" for i, name in enumerate(("ink", "muted", "line", "shade", "page", "bad", "total", "local"))
 }
-_INK, _MUTED, _LINE, _SHADE, _PAGE, _BAD, _TOTAL, _LOCAL = _VARIABLES.values()
+INK, MUTED, LINE, SHADE, PAGE, BAD, TOTAL, LOCAL = _VARIABLES.values()
 PATH_COLOURS = 8
 """Number of the style sheet's variables `--path-0`, `--path-1`, ...: one a cache path."""
 
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 8,
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
     "axes.facecolor": "none",
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "lines.solid_joinstyle": "round",
 }
 DENSE_TAPS = 200
@@ -88,16 +89,17 @@ def blocks(order: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> list[Bl
         else:
             found.append([match[0], match[1][:1] + match[2], i, i + 1])
     heads = [shapes.get(f"{prefix}self_attn.q", (0,))[-1] for prefix, *_ in found]
-    sizes = {head for head in heads if head}
+    # The vision tower's layers, labelled v0, v1, ..., are no part of the comparison.
+    sizes = {head for head, (_, label, *_) in zip(heads, found, strict=True) if head and label.isdigit()}
     return [
-        Block(label, start, end, len(sizes) == 2 and head == max(sizes))
+        Block(label, start, end, label.isdigit() and len(sizes) == 2 and head == max(sizes))
         for (_, label, start, end), head in zip(found, heads, strict=True)
     ]
 
 
 def ratio_by_depth(comparisons: Mapping[str, Comparison], colours: Mapping[str, int], label: str) -> Markup:
     """One line a path (name -> comparison): a tap's worst ratio, in execution order, with the budget."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes, order = _depth_figure(list(comparisons.values()))
         lines = {path: _by_tap(order, {t.name: t.ratio for t in c.taps}) for path, c in comparisons.items()}
         finite = [value for line in lines.values() for value in line if math.isfinite(value)]
@@ -114,25 +116,23 @@ def ratio_by_depth(comparisons: Mapping[str, Comparison], colours: Mapping[str, 
         limit = axes.get_ylim()[1]
         for path, line in lines.items():
             clipped = np.where(np.isposinf(line), limit, line)
-            axes.plot(*_thin_line(order, clipped), color=_path_colour(colours[path]), linewidth=1.3, alpha=0.9)
+            axes.plot(*_thin_line(order, clipped), color=path_colour(colours[path]), linewidth=1.3, alpha=0.9)
             first = comparisons[path].first_divergence
             if first:
                 at = order.index(first.tap)
-                axes.plot(
-                    at, clipped[at], "X", color=_BAD, markersize=8, markeredgecolor=_PAGE, clip_on=False, zorder=5
-                )
-        axes.axhline(budget.K, color=_BAD, linewidth=1, linestyle=(0, (5, 3)))
-        axes.axhline(1, color=_MUTED, linewidth=0.6, linestyle=(0, (1, 2)))
-        axes.yaxis.set_major_formatter(FuncFormatter(_power if log else lambda y, _: f"{y:g}"))
+                axes.plot(at, clipped[at], "X", color=BAD, markersize=8, markeredgecolor=PAGE, clip_on=False, zorder=5)
+        axes.axhline(budget.K, color=BAD, linewidth=1, linestyle=(0, (5, 3)))
+        axes.axhline(1, color=MUTED, linewidth=0.6, linestyle=(0, (1, 2)))
+        axes.yaxis.set_major_formatter(FuncFormatter(power if log else lambda y, _: f"{y:g}"))
         axes.set_ylabel("error ratio")
-        return _svg(figure, label)
+        return svg(figure, label)
 
 
 def error_by_depth(comparisons: Sequence[Comparison], label: str) -> Markup:
     """Relative error on a log scale, largest over the paths: accumulated and local, candidate and reference."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes, order = _depth_figure(comparisons)
-        for check, colour in (("total", _TOTAL), ("local", _LOCAL)):
+        for check, colour in (("total", TOTAL), ("local", LOCAL)):
             for field, style in (("error", "-"), ("reference", (0, (2, 1.5)))):
                 values = [_by_tap(order, _errors(comparison, check, field)) for comparison in comparisons]
                 x, line = _thin_line(order, np.fmax.reduce(values))
@@ -144,16 +144,23 @@ def error_by_depth(comparisons: Sequence[Comparison], label: str) -> Markup:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high < 100 * low else (1.0,), numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(_power))
+        axes.yaxis.set_major_formatter(FuncFormatter(power))
         axes.set_ylabel("relative error")
-        return _svg(figure, label)
+        return svg(figure, label)
 
 
 def heat_map(comparison: Comparison, mark: tuple[str, int, int, str] | None, label: str) -> Markup:
     """Taps x positions, log10 of the relative error, one panel a row of the batch.
 
-    `mark` is tap, row, position and text of the place to point at."""
+    `mark` is tap, row, position and text of the place to point at; only taps with the same positions as that one are
+    drawn, because those of the vision tower are patches or soft tokens of an image."""
     names = [tap.name for tap in comparison.taps if tap.name in comparison.by_position]
+    if mark:
+        size = comparison.by_position[mark[0]].shape
+        names = [name for name in names if comparison.by_position[name].shape == size]
+    unit, row_of = "position", "row"
+    if names[0].startswith(VISION):
+        unit, row_of = "patch" if f"{VISION}patch_embed" in names else "soft token", "image"
     rows, length = (max(comparison.by_position[n].shape[i] for n in names) for i in (0, 1))
     error = np.full((rows, len(names), length), np.nan)
     for i, name in enumerate(names):
@@ -169,7 +176,7 @@ def heat_map(comparison: Comparison, mark: tuple[str, int, int, str] | None, lab
     colours = matplotlib.colormaps["viridis"].resampled(64 if named else 16)
     colormap = colours.with_extremes(over="#d55e00", bad=(0, 0, 0, 0))
     norm = Normalize(low, max(high, low + 1e-3))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         height = max(2.0, 0.108 * len(names)) if named else min(10.0, 0.02 * len(names) + 2)
         width, left, right, bottom, gap = 12.0, 1.75 if named else 0.75, 0.85, 0.45, 0.25
         total = height + bottom + 0.3
@@ -179,13 +186,13 @@ def heat_map(comparison: Comparison, mark: tuple[str, int, int, str] | None, lab
         for row in range(rows):
             place = (left + row * (panel + gap)) / width, bottom / total, panel / width, height / total
             axes = figure.add_axes(place)
-            axes.set_facecolor(_SHADE)
+            axes.set_facecolor(SHADE)
             image = axes.imshow(values[row], cmap=colormap, norm=norm, aspect="auto", interpolation="none")
-            axes.set_xlabel("position" if rows == 1 else f"position in row {row}")
+            axes.set_xlabel(unit if rows == 1 else f"{unit} in {row_of} {row}")
             axes.tick_params(length=2)
             _label_taps(axes, names, shapes, named and row == 0, row == 0, height)
             if mark and mark[1] == row and mark[0] in names:
-                colour = _BAD if comparison.red else _INK
+                colour = BAD if comparison.red else INK
                 _point_at(axes, mark[2], names.index(mark[0]), mark[3], length, len(names), colour)
         tall = min(height, 3.0)
         bar = figure.add_axes(
@@ -194,13 +201,13 @@ def heat_map(comparison: Comparison, mark: tuple[str, int, int, str] | None, lab
         figure.colorbar(image, cax=bar).set_label("log10 relative error")
         bar.tick_params(length=2)
         bar.spines[:].set_visible(False)
-        return _svg(figure, label)
+        return svg(figure, label)
 
 
 def _label_taps(axes: Axes, names: list[str], shapes: Mapping, named: bool, first: bool, height: float) -> None:
     found = blocks(names, shapes)
     for block in found:
-        axes.axhline(block.start - 0.5, color=_PAGE, linewidth=0.8 if named else 0.4)
+        axes.axhline(block.start - 0.5, color=PAGE, linewidth=0.8 if named else 0.4)
     axes.spines[:].set_visible(False)
     if named:
         axes.set_yticks(range(len(names)), names, fontsize=6.2, family="monospace")
@@ -212,7 +219,7 @@ def _label_taps(axes: Axes, names: list[str], shapes: Mapping, named: bool, firs
 
 
 def _point_at(axes: Axes, x: int, y: int, text: str, length: int, taps: int, colour: str) -> None:
-    for edge, width in ((_PAGE, 3.5), (colour, 1.8)):
+    for edge, width in ((PAGE, 3.5), (colour, 1.8)):
         axes.plot(x, y, "s", markersize=11, markerfacecolor="none", color=edge, markeredgewidth=width)
     right, up = x < length * 0.6, y > taps * 0.3
     axes.annotate(
@@ -222,7 +229,7 @@ def _point_at(axes: Axes, x: int, y: int, text: str, length: int, taps: int, col
         textcoords="offset points",
         ha="left" if right else "right",
         va="bottom" if up else "top",
-        bbox={"boxstyle": "round,pad=0.45", "facecolor": _PAGE, "edgecolor": colour, "linewidth": 1},
+        bbox={"boxstyle": "round,pad=0.45", "facecolor": PAGE, "edgecolor": colour, "linewidth": 1},
         arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.2, "shrinkB": 7},
     )
 
@@ -236,13 +243,13 @@ def _depth_figure(comparisons: Sequence[Comparison]) -> tuple[Figure, Axes, list
     found = blocks(order, shapes)
     for block in found:
         if block.full:
-            axes.axvspan(block.start - 0.5, block.end - 0.5, color=_SHADE, linewidth=0, zorder=0)
-        axes.axvline(block.start - 0.5, color=_LINE, linewidth=0.5, zorder=0)
+            axes.axvspan(block.start - 0.5, block.end - 0.5, color=SHADE, linewidth=0, zorder=0)
+        axes.axvline(block.start - 0.5, color=LINE, linewidth=0.5, zorder=0)
     kept = _thin(found, 20)
     axes.set_xticks([(b.start + b.end - 1) / 2 for b in kept], [b.label for b in kept])
     axes.tick_params(length=2)
     axes.set_xlim(-0.5, max(len(order), 1) - 0.5)
-    axes.grid(axis="y", color=_LINE, linewidth=0.5)
+    axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_axisbelow(True)
     return figure, axes, order
 
@@ -252,7 +259,7 @@ def _thin(found: Sequence[Block], most: int) -> list[Block]:
     return [block for i, block in enumerate(found) if i % step == 0]
 
 
-def _power(value: float, _: int) -> str:
+def power(value: float, _: int) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
@@ -277,11 +284,11 @@ def _errors(comparison: Comparison, check: str, field: str) -> dict[str, float]:
     return {tap.name: getattr(tap.checks[check], field) for tap in comparison.taps if check in tap.checks}
 
 
-def _path_colour(index: int) -> str:
+def path_colour(index: int) -> str:
     return f"#0202{index % PATH_COLOURS:02x}"
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def svg(figure: Figure, label: str) -> Markup:
     """The figure as an <svg> element that fills its container; `label` is read out in its place."""
     buffer = io.StringIO()
     # The salt makes ids of clip paths differ between the figures of a page, and repeat from run to run.
@@ -293,6 +300,6 @@ def _svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r">\s+<", "><", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     colours = {value: name for name, value in _VARIABLES.items()}
-    colours |= {_path_colour(i): f"path-{i}" for i in range(PATH_COLOURS)}
+    colours |= {path_colour(i): f"path-{i}" for i in range(PATH_COLOURS)}
     text = re.sub(r"#0[12]0[12]0[0-9a-f]", lambda m: f"var(--{colours[m[0]]})", text)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1))

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gemma4_impl.files import replacing
-from parity import budget, plots
+from parity import budget, plots, plots_images
 from parity.compare import Comparison, Divergence, TapResult
 from parity.engine import DTYPES, Case, Report
+from parity.formats import cosine, count, plain, ratio, sci, simple_table, write_line
+from parity.report_quantized import print_splits, section, split_json, split_name, tensor_reasons
 
 FORMAT = "gemma4-parity-1"
 
@@ -31,8 +31,10 @@ _LISTED_TAPS = 10
 def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
     """The report as strict JSON: `json.dumps(..., allow_nan=False)` accepts it.
 
-    Infinities and NaN are the strings "inf", "-inf" and "nan", which `float` reads back; null means that there is
-    nothing (no local run, no first divergence). `k`, `floors` and, if `meta` has none, `created` are added to it."""
+    `summary` has the verdict and the worst case, `cases` every comparison, tap by tap, and `quantized` an entry for
+    each quantized candidate (`report_quantized.split_json`). Infinities and NaN are the strings "inf", "-inf" and
+    "nan", which `float` reads back; null means that there is nothing (no local run, no first divergence). `k`,
+    `floors` and, if `meta` has none, `created` are added to it."""
     worst = report.worst
     tap = worst.comparison.worst if worst else None
     top1 = [c.comparison.logits.top1 for c in report.cases if c.dtype == "float32" and c.comparison.logits]
@@ -48,6 +50,7 @@ def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
             "summary": {
                 "cases": len(report.cases),
                 "red": len(report.red),
+                "verdict": "red" if report.failed or not report.cases else "green",
                 "worst_ratio": worst.comparison.worst_ratio if worst else None,
                 "worst": {
                     "checkpoint": worst.checkpoint,
@@ -61,6 +64,7 @@ def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
                 "top1_float32": min(top1, default=None),
             },
             "cases": [_case(case) for case in report.cases],
+            "quantized": [split_json(split) for split in report.splits],
         }
     )
 
@@ -86,7 +90,7 @@ def to_html(report: Report, data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"sci": _sci, "ratio": _ratio, "cosine": _cosine, "plain": _plain}
+    environment.filters |= {"sci": sci, "ratio": ratio, "cosine": cosine, "plain": plain, "count": count}
     groups = _groups(report)
     paths = list(dict.fromkeys(case.path for case in report.cases))
     colours = {path: i % plots.PATH_COLOURS for i, path in enumerate(paths)}
@@ -110,7 +114,9 @@ def to_html(report: Report, data: Mapping[str, Any]) -> str:
         groups=groups,
         figures=figures,
         heat_maps=_heat_maps(report),
-        red=[(_name(case), reasons(case.comparison)) for case in report.red],
+        images=_image_figures(report, groups),
+        red=_red(report),
+        quantized=[section(split) for split in report.splits],
         level=_level,
         short=_short,
         decisive=lambda tap: max(tap["checks"], key=lambda name: float(tap["checks"][name]["ratio"])),
@@ -126,51 +132,57 @@ def to_html(report: Report, data: Mapping[str, Any]) -> str:
 def print_table(report: Report, console: Console) -> None:
     """Worst ratio of every case, then a line for each reason why a case is red. Readable without colour."""
     paths = list(dict.fromkeys(case.path for case in report.cases))
-    table = _table("", *paths)
-    for group in _groups(report):
+    table = simple_table("", *paths)
+    # Stage B is one path in one dtype: a column of the second table.
+    dense = {id(case) for split in report.splits for case in split.dense}
+    for group in _groups(Report([case for case in report.cases if id(case) not in dense])):
         table.add_row(Text(group.label), *(_cell(group, path) for path in paths))
     if report.cases:
         console.print(table)
-    for case in report.red:
-        for reason in reasons(case.comparison):
-            _line(console, f"{_name(case)}: {reason}", "red")
+    if report.splits:
+        print_splits(report.splits, console)
+    for name, why in _red(report):
+        for reason in why:
+            write_line(console, f"{name}: {reason}", "red")
     text = f"{len(report.cases)} cases" + (f", {len(report.red)} of them red (!)" if report.red else "")
+    if wrong := sum(len(split.wrong) for split in report.splits):
+        text += f", {wrong} tensors wrong (!)"
     if report.worst:
         text += f"; budget {budget.K:g}, worst ratio {_worst_of(report.cases)}"
-    verdict = "green" if report.cases and not report.red else "red"
-    _line(console, f"{verdict}: {text}", f"bold {verdict}")
+    verdict = "green" if report.cases and not report.failed else "red"
+    write_line(console, f"{verdict}: {text}", f"bold {verdict}")
 
 
 def print_verdict(comparison: Comparison, console: Console) -> None:
     """The taps with the largest ratios, the reasons if it is red, and the verdict."""
-    table = _table("tap", "error", "reference", "allowed", "ratio", "of")
+    table = simple_table("tap", "error", "reference", "allowed", "ratio", "of")
     ranked = sorted(comparison.taps, key=lambda tap: tap.ratio, reverse=True)
     for tap in ranked[:_LISTED_TAPS]:
         name = _decisive(tap)
         check = tap.checks[name]
-        figures = (_sci(check.error), _sci(check.reference), _sci(check.allowed), _ratio(check.ratio) + "!" * check.red)
+        figures = (sci(check.error), sci(check.reference), sci(check.allowed), ratio(check.ratio) + "!" * check.red)
         table.add_row(Text(tap.name), *figures, name, style="red" if tap.red else None)
     console.print(table)
     for reason in reasons(comparison):
-        _line(console, reason, "red")
+        write_line(console, reason, "red")
     _unexpected(comparison, console)
     verdict = "red" if comparison.red else "green"
-    text = f"{len(comparison.taps)} taps, worst ratio {_ratio(comparison.worst_ratio)}, budget {budget.K:g}"
-    _line(console, f"{verdict}: {text}", f"bold {verdict}")
+    text = f"{len(comparison.taps)} taps, worst ratio {ratio(comparison.worst_ratio)}, budget {budget.K:g}"
+    write_line(console, f"{verdict}: {text}", f"bold {verdict}")
 
 
 def print_differences(comparison: Comparison, console: Console) -> None:
     """Every tap's difference from what it was compared with; no verdict."""
-    table = _table("tap", "rel. L2", "max abs.", "cosine", "worst at")
+    table = simple_table("tap", "rel. L2", "max abs.", "cosine", "worst at")
     for tap in comparison.taps:
         row, position = tap.metrics.worst_position
-        figures = (_sci(tap.metrics.rel_l2), _sci(tap.metrics.max_abs), _cosine(tap.metrics.cosine))
+        figures = (sci(tap.metrics.rel_l2), sci(tap.metrics.max_abs), cosine(tap.metrics.cosine))
         table.add_row(Text(tap.name), *figures, f"{row}, {position}")
     console.print(table)
     if comparison.missing:
-        _line(console, f"missing: {_named(comparison.missing)}")
+        write_line(console, f"missing: {_named(comparison.missing)}")
     _unexpected(comparison, console)
-    _line(console, f"{len(comparison.taps)} taps compared; without a truth there is no verdict", "bold")
+    write_line(console, f"{len(comparison.taps)} taps compared; without a truth there is no verdict", "bold")
 
 
 def reasons(comparison: Comparison) -> list[str]:
@@ -179,7 +191,7 @@ def reasons(comparison: Comparison) -> list[str]:
     if first := comparison.first_divergence:
         out.append(
             f"first divergence {first.tap}, row {first.row} position {first.position}, {_origin(first)} "
-            f"({first.check}: {_sci(first.error)}, allowed {_sci(first.allowed)})"
+            f"({first.check}: {sci(first.error)}, allowed {sci(first.allowed)})"
         )
     if not comparison.taps:
         out.append("no taps captured")
@@ -191,9 +203,15 @@ def reasons(comparison: Comparison) -> list[str]:
         worst = max(bugs, key=lambda flip: flip.margin)
         out.append(
             f"routing: {len(bugs)} of {comparison.choices} choices flipped and no tie, worst in layer {worst.layer}, "
-            f"row {worst.row} position {worst.position} (margin: {_sci(worst.margin)}, allowed {_sci(worst.allowed)})"
+            f"row {worst.row} position {worst.position} (margin: {sci(worst.margin)}, allowed {sci(worst.allowed)})"
         )
     return out
+
+
+def _red(report: Report) -> list[tuple[str, list[str]]]:
+    """What is red, and why: quantized tensors first, because wrong ones explain what follows."""
+    tensors = [(split_name(split), tensor_reasons(split)) for split in report.splits if split.wrong]
+    return tensors + [(_name(case), reasons(case.comparison)) for case in report.red]
 
 
 @dataclass(frozen=True)
@@ -215,8 +233,9 @@ def _groups(report: Report) -> list[_Group]:
 
 
 def _pair(case: Case) -> str:
-    usual = (case.candidate, case.reference) == ("torch", "hf")
-    return "" if usual else f" {case.candidate}/{case.reference}"
+    if case.reference != "hf":
+        return f" {case.candidate}/{case.reference}"
+    return "" if case.candidate == "torch" else f" {case.candidate}"
 
 
 def _name(case: Case) -> str:
@@ -227,7 +246,7 @@ def _worst_of(cases: Sequence[Case], short: bool = False) -> str:
     case = Report(list(cases)).worst
     tap = case.comparison.worst
     where = f"{tap.name} ({_decisive(tap)})" if tap else "(no taps)"
-    return f"{_ratio(case.comparison.worst_ratio)} at {case.path if short else _name(case)} {where}"
+    return f"{ratio(case.comparison.worst_ratio)} at {case.path if short else _name(case)} {where}"
 
 
 def _case(case: Case) -> dict[str, Any]:
@@ -305,22 +324,9 @@ def _level(comparison: Comparison) -> str:
     return "best" if ratio <= 1 else "good" if ratio <= 0.75 * budget.K else "near"
 
 
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
-    return table
-
-
-def _line(console: Console, text: str, style: str = "") -> None:
-    """One line, however narrow the terminal: it can be searched for and copied."""
-    console.print(Text(text, style=style), soft_wrap=True)
-
-
 def _unexpected(comparison: Comparison, console: Console) -> None:
     if comparison.unexpected:
-        _line(console, f"not compared, only the candidate has: {_named(comparison.unexpected)}")
+        write_line(console, f"not compared, only the candidate has: {_named(comparison.unexpected)}")
 
 
 def _named(taps: Sequence[str]) -> str:
@@ -333,7 +339,7 @@ def _cell(group: _Group, path: str) -> Text:
     if not case:
         return Text("-")
     red = case.comparison.red
-    return Text(_ratio(case.comparison.worst_ratio) + "!" * red, style="bold red" if red else "green")
+    return Text(ratio(case.comparison.worst_ratio) + "!" * red, style="bold red" if red else "green")
 
 
 def _logits(group: _Group) -> dict[str, float] | None:
@@ -343,6 +349,18 @@ def _logits(group: _Group) -> dict[str, float] | None:
         return None
     worst = {"kl_mean": max, "kl_max": max, "top1": min, "top5": min}
     return {name: pick(getattr(logits, name) for logits in found) for name, pick in worst.items()}
+
+
+def _image_figures(report: Report, groups: Sequence[_Group]) -> list[dict[str, Any]]:
+    """The images of each group that has some; every path runs the tower once, so that one stands for all."""
+    out = []
+    for group in groups:
+        shown = report.images.get(group.cases[0].checkpoint)
+        found = next((c.comparison for c in group.cases if plots_images.SOFT_TOKENS in c.comparison.by_position), None)
+        if shown is not None and found is not None:
+            label = f"{group.label}: errors of soft tokens"
+            out.append({"title": group.label, "figure": plots_images.soft_token_errors(shown, found, label)})
+    return out
 
 
 def _heat_maps(report: Report) -> list[dict[str, Any]]:
@@ -362,39 +380,7 @@ def _heat_maps(report: Report) -> list[dict[str, Any]]:
             mark = (found.tap, found.row, found.position, f"first divergence\n{found.tap}\nposition {found.position}")
         else:
             row, position = (tap.local if _decisive(tap).startswith("local") else tap.metrics).worst_position
-            mark = (tap.name, row, position, f"largest ratio: {_ratio(tap.ratio)}\n{tap.name}\nposition {position}")
+            mark = (tap.name, row, position, f"largest ratio: {ratio(tap.ratio)}\n{tap.name}\nposition {position}")
         figure = plots.heat_map(case.comparison, mark, f"{_name(case)}: relative error by tap and position")
         out.append({"title": title, "case": _name(case), "figure": figure})
     return out
-
-
-def _sci(value: float | str | None) -> str:
-    """3.1e-3; JSON's strings for infinities and NaN are welcome too."""
-    if value is None:
-        return "-"
-    value = float(value)
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}" if int(exponent) else mantissa
-
-
-def _ratio(value: float | str) -> str:
-    value = float(value)
-    if not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1000 else _sci(value)
-
-
-def _cosine(value: float | str) -> str:
-    return f"{float(value):.6f}".rstrip("0").rstrip(".")
-
-
-def _plain(value: Any) -> str:
-    """A value of `meta` for a reader: long lists by their length."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        more = f", ... ({len(value)} in all)" if len(value) > 5 else ""
-        return ", ".join(map(_plain, value[:5])) + more
-    return str(value)

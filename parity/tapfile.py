@@ -31,6 +31,8 @@ class TapMeta:
     path: str = "full"
     routing: str = "own"
     """"own", or the sha of the capture whose expert choices were forced."""
+    images: str = ""
+    """`images.fingerprint` of what the vision tower was given; empty without images."""
     top_k: int = 0
     """Experts a token; 0 without MoE."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +90,7 @@ def load(path: str | Path) -> TapFile:
                 raise ValueError(f"{path}: not a tap file (its metadata says format = {header.get('format')!r})")
             order = json.loads(header["order"])
             taps = {name: file.get_tensor(name) for name in order}
-        strings = {"fingerprint", "impl", "dtype", "weights", "device", "path", "routing"}
+        strings = {"fingerprint", "impl", "dtype", "weights", "device", "path", "routing", "images"}
         fields = {
             key: header[key] if key in strings else json.loads(header[key])
             for key in TapMeta.__dataclass_fields__
@@ -109,3 +111,5 @@ def check_comparable(a: TapFile, b: TapFile, names: tuple[str, str]) -> None:
         raise ValueError(f"{names[0]} and {names[1]} were captured from different weights; capture both from one")
     if a.meta.tokens != b.meta.tokens:
         raise ValueError(f"{names[0]} and {names[1]} were captured with different tokens; pass the same --tokens")
+    if a.meta.images != b.meta.images:
+        raise ValueError(f"{names[0]} and {names[1]} were captured with different images; pass the same --image")

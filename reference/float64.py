@@ -1,5 +1,7 @@
 """Real float64 from code that casts to float32 inside: the casts are promoted while it runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,6 +9,20 @@ from torch.overrides import TorchFunctionMode
 
 _SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.tensor, torch.full)
+
+
+_paused = False
+
+
+@contextmanager
+def unpromoted() -> Iterator[None]:
+    """Inside, an active PromoteFloat32 does nothing: for what is no part of the model, such as reading weights."""
+    global _paused
+    before, _paused = _paused, True
+    try:
+        yield
+    finally:
+        _paused = before
 
 
 class PromoteFloat32(TorchFunctionMode):
@@ -17,6 +33,8 @@ class PromoteFloat32(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if _paused:
+            return func(*args, **kwargs)
         if func is torch.Tensor.float:
             return args[0].double()
         if func is torch.Tensor.to or func in _SOFTMAX or func in _FACTORIES:

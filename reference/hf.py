@@ -1,24 +1,33 @@
 """Hugging Face's Gemma 4 behind the tap vocabulary, in float32, bfloat16, and true float64."""
 
-import itertools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.utils import logging
 
 from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
 from gemma4_impl.taps import Recorder
+from gemma4_impl.vision.config import VisionConfig
+from reference import chunks as cut
 from reference.float64 import PromoteFloat32
-from reference.stream import set_frequencies, streamed
+from reference.stream import filled, set_frequencies, streamed
+from reference.vision import reset_frequencies, tap_vision, tapped_qkv
+from reference.weights import Source, WeightFiles
+
+if TYPE_CHECKING:
+    from gemma4_impl.vision.processing import ProcessedImages
 
 Attention = Literal["eager", "sdpa"]
 Taps = dict[str, Tensor]
@@ -34,6 +43,8 @@ class HFReference:
         attention: transformers' eager or sdpa attention. The experts run eagerly with the former, and as
             transformers chooses with the latter.
         stream: leave the weights on disk and load each layer as it runs: slower, and the memory of one layer.
+        weights: take the tensors from here, and only the config from `path`. Dequantized ones are not rounded for
+            the truth. The head is the embedding unless they hold another.
     """
 
     def __init__(
@@ -45,15 +56,21 @@ class HFReference:
         attention: Attention = "eager",
         device: torch.device | str = "cpu",
         stream: bool = False,
+        weights: Source | None = None,
     ):
         self.config = TextConfig.from_file(path)
         self.dtype, self.truth, self.device = dtype, truth, torch.device(device)
-        if stream:
-            compute = torch.float64 if truth else dtype
-            self.model = streamed(Path(path), dtype, compute, self.device)
+        if stream or weights is not None:
+            config = text_config(Path(path))
+            if weights is not None:
+                config.tie_word_embeddings = "lm_head.weight" not in weights
+            build, compute = streamed if stream else filled, torch.float64 if truth else dtype
+            self.model = build(config, weights or WeightFiles(Path(path)), dtype, compute, self.device)
         else:
             self.model = _load(Path(path), dtype, self.device)
         self.text = getattr(self.model.model, "language_model", self.model.model)
+        self.tower = getattr(self.model.model, "vision_tower", None)
+        self.vision = None if self.tower is None else VisionConfig.from_file(path)
         if truth:
             self._to_float64()
         self.use(attention)
@@ -76,12 +93,17 @@ class HFReference:
         forced: Mapping[str, Tensor] | None = None,
         routing: Mapping[str, Tensor] | None = None,
         chunks: Sequence[int] = (),
+        images: "ProcessedImages | None" = None,
     ) -> Taps:
         """Taps [B, L, ...] of every row, NaN past the row's end, in execution order.
 
         `forced` [B, L, ...] and `routing` [B, L, k] as in `taps.Recorder`. Each row is one forward, or goes through
-        transformers' own cache in chunks of these sizes, over and over."""
+        transformers' own cache in chunks of these sizes, over and over, extended where they would cut an image.
+        `images` stand at the image tokens of a single row, and add the vision tower's taps [I, P, ...], NaN in padding.
+        Raises ValueError for images where there is no tower, or more than one row."""
         out: Taps = {}
+        if images is not None and (self.tower is None or len(rows) != 1):
+            raise ValueError("images need the vision tower of a multimodal checkpoint, loaded whole, and one sequence")
         length = max(len(row) for row in rows)
         for b, row in enumerate(rows):
             T = len(row)
@@ -89,35 +111,60 @@ class HFReference:
                 1,
                 T,
                 glob,
-                {name: value[b : b + 1, :T] for name, value in (forced or {}).items()},
+                {n: v if n.startswith(taps.VISION) else v[b : b + 1, :T] for n, v in (forced or {}).items()},
                 {name: value[b : b + 1, :T] for name, value in (routing or {}).items()},
             )
             tokens = torch.tensor([list(row)], device=self.device)
             mode = PromoteFloat32() if self.truth else nullcontext()
             with torch.no_grad(), taps.recording(recorder), mode:
-                self._forward(tokens, chunks)
+                self._forward(tokens, chunks, self._encode(images))
             for name, value in recorder.values.items():
+                if name.startswith(taps.VISION):
+                    out[name] = value
+                    continue
                 if name not in out:
                     out[name] = value.new_full((len(rows), length, *value.shape[2:]), torch.nan)
                 out[name][b, :T] = value[0]
-        return {name: out[name] for name in taps.tap_names(self.config) if name in out}
+        names = taps.tap_names(self.config)
+        if self.vision is not None:
+            names = taps.vision_tap_names(self.vision) + names
+        return {name: out[name] for name in names if name in out}
 
-    def _forward(self, tokens: Tensor, chunks: Sequence[int]) -> None:
+    def _encode(self, images: "ProcessedImages | None") -> Tensor | None:
+        """The soft tokens of all images [n, D], by the model's own method."""
+        if images is None:
+            return None
+        images = images.trimmed()
+        pixels = images.pixel_values.to(self.device, torch.float64 if self.truth else torch.float32)
+        found = self._get_image_features(pixels, images.positions.to(self.device), return_dict=True)
+        return torch.cat(list(found.pooler_output))
+
+    def _forward(self, tokens: Tensor, chunks: Sequence[int], soft: Tensor | None = None) -> None:
         cache = DynamicCache(config=self.model.config) if chunks else None
-        start, sizes = 0, itertools.cycle(chunks or [tokens.shape[1]])
-        while start < tokens.shape[1]:
-            part = tokens[:, start : start + next(sizes)]
-            positions = torch.arange(start, start + part.shape[1], device=self.device)[None]
+        places = None if soft is None else tokens == self.vision.image_token_id
+        for part in cut.chunks(tokens.shape[1], chunks or [tokens.shape[1]], places):
+            positions = torch.arange(part.start, part.stop, device=self.device)[None]
             taps.at(positions)
             output = self.model(
-                input_ids=part,
+                input_ids=tokens[:, part],
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=0,
+                **({} if places is None else self._image_arguments(places, part, soft)),
             )
             taps.tap("", "logits", output.logits)
-            start += part.shape[1]
+
+    def _image_arguments(self, places: Tensor, part: slice, soft: Tensor) -> dict[str, Any]:
+        """What the model is to be told of the images in this part of a sequence, which were encoded before."""
+        # With a cache transformers looks the types up by absolute position.
+        told: dict[str, Any] = {"mm_token_type_ids": places[:, : part.stop].long()}
+        before, here = int(places[:, : part.start].sum()), int(places[:, part].sum())
+        if here:
+            self._ready = BaseModelOutputWithPooling(pooler_output=(soft[before : before + here],))
+            # That there are any is all that counts: `_tap_modules` has what is made of them.
+            told["pixel_values"] = soft
+        return told
 
     def forceable(self, name: str) -> bool:
         """Whether `forced` reaches this tap: sums that transformers never hands to a module are read, not replaced."""
@@ -132,6 +179,8 @@ class HFReference:
                 module.embed_scale = scale.double().to(self.device)
         with PromoteFloat32():
             set_frequencies(self.text.rotary_emb, self.device)
+            if self.tower is not None:
+                reset_frequencies(self.tower)
 
     def _tap_modules(self) -> None:
         """Hooks that read each tap off transformers' own modules, and write a forced value back.
@@ -139,7 +188,14 @@ class HFReference:
         A module's output is replaced by returning another. A residual is replaced in place on its way into a norm or
         gate: the layer goes on adding to that same tensor."""
         text = self.text
-        text.embed_tokens.register_forward_hook(_output_tap("", "embed"))
+        if self.tower is None:
+            text.embed_tokens.register_forward_hook(_output_tap("", "embed"))
+        else:
+            # The multimodal model looks tokens up and merges the images in before it calls the text model.
+            text.register_forward_pre_hook(_embed_tap, with_kwargs=True)
+            tap_vision(self.tower, self.model.model.embed_vision)
+            self._get_image_features = self.model.model.get_image_features
+            self.model.model.get_image_features = lambda *args, **kwargs: self._ready
         if self.config.hidden_size_per_layer_input:
             combine = text.project_per_layer_inputs
             text.project_per_layer_inputs = lambda *a, **k: taps.tap("", "per_layer_inputs", combine(*a, **k))
@@ -160,6 +216,14 @@ class HFReference:
         text.norm.register_forward_hook(_output_tap("", "norm"))
 
 
+def text_config(path: Path) -> Gemma4TextConfig:
+    """transformers' config of the text model: of a checkpoint folder by its own reading, of a GGUF file by ours."""
+    if path.is_dir():
+        return AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    fields = dataclasses.asdict(TextConfig.from_file(path))
+    return Gemma4TextConfig(**{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()})
+
+
 def _load(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     multimodal = '"gemma4"' in (path / "config.json").read_text(encoding="utf-8")
     cls = hf.Gemma4ForConditionalGeneration if multimodal else hf.Gemma4ForCausalLM
@@ -173,6 +237,10 @@ def _load(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
         if bars:
             logging.enable_progress_bar()
     return model.to(device).eval()
+
+
+def _embed_tap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {**kwargs, "inputs_embeds": taps.tap("", "embed", kwargs["inputs_embeds"])}
 
 
 def _output_tap(prefix: str, name: str) -> Any:
@@ -229,7 +297,9 @@ def _tapped(attend: Any) -> Any:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        if isinstance(module, hf.Gemma4TextAttention):
+        if isinstance(module, hf.Gemma4VisionAttention):
+            query, key, value = tapped_qkv(module, query, key, value)
+        elif isinstance(module, hf.Gemma4TextAttention):
             prefix = f"layers.{module.layer_idx}.self_attn."
             query = taps.tap(prefix, "q", query.transpose(1, 2)).transpose(1, 2)
             if not module.is_kv_shared_layer:

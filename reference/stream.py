@@ -1,57 +1,54 @@
-"""Runs a transformers text model whose weights stay on disk: each module gets them just before its forward."""
+"""A transformers text model with weights from any source: all at once, or each module's just before its forward."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+from gemma4_impl.names import from_hf
+from reference.float64 import unpromoted
+from reference.weights import Source
 
 
-class WeightFiles:
-    """The tensors of a checkpoint folder by the names that transformers' text model gives them."""
-
-    def __init__(self, path: Path):
-        index = path / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
-        self.slices: dict[str, Any] = {}
-        for name in names or ["model.safetensors"]:
-            file = safe_open(path / name, framework="pt")
-            self.slices |= {key: (file, key) for key in file.keys()}  # noqa: SIM118
-
-    def get(self, name: str) -> Any:
-        """The safetensors slice of `name`, in a text-only or a multimodal checkpoint."""
-        for key in (name, name.replace("model.", "model.language_model.", 1)):
-            if key in self.slices:
-                file, key = self.slices[key]
-                return file.get_slice(key)
-        raise KeyError(name)
+def filled(
+    config: Gemma4TextConfig, source: Source, dtype: torch.dtype, compute: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A `Gemma4ForCausalLM` with every tensor taken from `source`, rounded as `_rounded` says."""
+    model = _on_meta(config, device)
+    tied = config.tie_word_embeddings
+    for name in model.state_dict():
+        if not (tied and name == "lm_head.weight"):
+            parent, _, leaf = name.rpartition(".")
+            value = _rounded(source, name, source.tensor(from_hf(name)).to(device), dtype, compute)
+            _set(model.get_submodule(parent), leaf, value)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
-def streamed(path: Path, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> nn.Module:
-    """A `Gemma4ForCausalLM` on meta that loads each layer, norm and head as `dtype`, converted to `compute`, when it
-    runs, and drops it afterwards. Of an embedding table only the rows looked up are read, so peak memory is the
-    largest layer or the output head."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
-    with torch.device("meta"):
-        model = hf.Gemma4ForCausalLM(config).eval()
-    files = WeightFiles(path)
-    text = model.model
-    for module in text.modules():
-        if isinstance(module, hf.Gemma4TextScaledWordEmbedding):
-            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
-    set_frequencies(text.rotary_emb, device)
+def streamed(
+    config: Gemma4TextConfig, source: Source, dtype: torch.dtype, compute: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A `Gemma4ForCausalLM` on meta that loads each layer, norm and head as `_rounded` says when it runs, and drops
+    it afterwards. Of an embedding table only the rows looked up are read, so peak memory is the largest layer or the
+    output head."""
+    model = _on_meta(config, device)
 
+    @unpromoted()
     def load(name: str) -> Tensor:
-        return files.get(name)[:].to(device, dtype).to(compute)
+        return _rounded(source, name, source.tensor(from_hf(name)).to(device), dtype, compute)
+
+    @unpromoted()
+    def rows(name: str, ids: list[int]) -> Tensor:
+        found = torch.cat([source.rows(from_hf(name), i, i + 1) for i in ids])
+        return _rounded(source, name, found.to(device), dtype, compute)
 
     for prefix, module in _units(model):
         if isinstance(module, nn.Embedding):
-            module.register_forward_pre_hook(_rows(f"{prefix}.weight", files, dtype, compute, device))
+            module.register_forward_pre_hook(_rows(f"{prefix}.weight", rows))
         elif prefix == "lm_head":
             tied = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
             module.register_forward_pre_hook(lambda m, a, name=tied: _set(m, "weight", load(name)))
@@ -59,6 +56,25 @@ def streamed(path: Path, dtype: torch.dtype, compute: torch.dtype, device: torch
             module.register_forward_pre_hook(_fill(prefix, load), prepend=True)
         module.register_forward_hook(_empty)
     return model
+
+
+def _on_meta(config: Gemma4TextConfig, device: torch.device) -> nn.Module:
+    """The model without weights; what no checkpoint holds is computed."""
+    with torch.device("meta"):
+        model = hf.Gemma4ForCausalLM(config).eval()
+    for module in model.model.modules():
+        if isinstance(module, hf.Gemma4TextScaledWordEmbedding):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+    set_frequencies(model.model.rotary_emb, device)
+    return model
+
+
+def _rounded(source: Source, name: str, value: Tensor, dtype: torch.dtype, compute: torch.dtype) -> Tensor:
+    """`value` as a model in `dtype` holds it, in `compute`. The truth keeps dequantized values as they are: that a
+    dense model in bfloat16 has to round them is its own error."""
+    if compute == torch.float64 and source.is_quantized(from_hf(name)):
+        return value.to(compute)
+    return value.to(dtype).to(compute)
 
 
 def set_frequencies(rotary: nn.Module, device: torch.device) -> None:
@@ -77,7 +93,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"model.{name}", module
 
 
-def _fill(prefix: str, load: Any) -> Any:
+def _fill(prefix: str, load: Callable[[str], Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple) -> None:
         for name in module.state_dict():
             parent, _, leaf = name.rpartition(".")
@@ -86,12 +102,10 @@ def _fill(prefix: str, load: Any) -> Any:
     return hook
 
 
-def _rows(name: str, files: WeightFiles, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> Any:
+def _rows(name: str, rows: Callable[[str, list[int]], Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple) -> tuple:
         ids, where = args[0].unique(return_inverse=True)
-        part = files.get(name)
-        rows = torch.cat([part[i : i + 1] for i in ids.tolist()])
-        _set(module, "weight", rows.to(device, dtype).to(compute))
+        _set(module, "weight", rows(name, ids.tolist()))
         return (where, *args[1:])
 
     return hook

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -237,3 +238,11 @@ def test_a_shared_layer_reads_the_last_unshared_one_of_its_type():
     types = [SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL]
     config = TextConfig.from_dict(hub(num_hidden_layers=8, layer_types=types, num_kv_shared_layers=3))
     assert [layer.kv_source for layer in config.layers[5:]] == [3, 3, 4]
+
+
+def test_ten_layers_survive_transformers(tmp_path):
+    """It writes the layers' indices with leading zeros then."""
+    layers = {"num_hidden_layers": 12, "layer_types": [SLIDING, SLIDING, FULL] * 4}
+    folder = make_tiny("31B", tmp_path / "m", overrides=layers)
+    assert "02" in json.loads((folder / "config.json").read_text())["per_layer_config"]
+    assert TextConfig.from_file(folder).global_head_dim == 32

@@ -10,20 +10,27 @@ from parity.faults.attention import ATTENTION
 from parity.faults.blocks import BLOCKS
 from parity.faults.branches import BRANCHES
 from parity.faults.fault import Fault
+from parity.faults.images import IMAGES
 from parity.faults.masks import MASKS
+from parity.images import drawn, place
 from parity.inputs import default_tokens
 
-__all__ = ["FAULTS", "Fault", "baseline_of", "find"]
+__all__ = ["FAULTS", "IMAGE_FAULTS", "Fault", "baseline_of", "find"]
 
 FAULTS = {fault.name: fault for fault in (*BLOCKS, *ATTENTION, *MASKS, *BRANCHES)}
 """By name. None is here that the engine cannot see: a softmax computed in bfloat16, say, stays within twice the
 rounding that transformers makes itself."""
 
+IMAGE_FAULTS = {fault.name: fault for fault in IMAGES}
+"""By name; these take multimodal checkpoints."""
+
 
 def baseline_of(fault: Fault, checkpoint: str | Path) -> Baseline:
     """What `find` holds the fault against: in its dtype, on as many tokens as it takes to show."""
-    tokens = default_tokens(TextConfig.from_file(checkpoint), Path(checkpoint), fault.length)
-    return baseline(checkpoint, tokens, DTYPES[fault.dtype])
+    path = Path(checkpoint)
+    tokens = default_tokens(TextConfig.from_file(path), path, fault.length)
+    tokens, images = place(path, tokens, drawn() if fault.images else ())
+    return baseline(path, tokens, DTYPES[fault.dtype], images=images)
 
 
 def find(fault: Fault, checkpoint: str | Path, base: Baseline | None = None) -> Comparison:

@@ -39,6 +39,8 @@ class Fault:
     """The cheapest of `parity.candidate.PATHS` that shows it."""
     length: int | None = None
     """Tokens that it takes to show; None for what a parity run takes."""
+    images: bool = False
+    """Whether it takes images, and so a multimodal checkpoint."""
 
 
 def named(name: str) -> Tap:

@@ -30,16 +30,19 @@ Mask = Callable[[Gemma4, str, Tensor, Keys, int | None], Any]
 
 
 def masks(function: Mask) -> Inject:
-    """Replaces `Gemma4._mask`."""
+    """Replaces `Gemma4._mask` in a model that is shown no images."""
+
+    def mask(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None, images: None) -> Any:
+        return function(self, kind, positions, keys, start)
 
     def inject(candidate: TorchCandidate) -> None:
-        override(candidate.model, "_mask", function)
+        override(candidate.model, "_mask", mask)
 
     return inject
 
 
 def window_on_full_layers(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Any:
-    return Gemma4._mask(self, SLIDING, positions, keys, start)
+    return Gemma4._mask(self, SLIDING, positions, keys, start, None)
 
 
 def future_visible(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Any:
@@ -57,11 +60,11 @@ def diagonal_excluded(self: Gemma4, kind: str, positions: Tensor, keys: Keys, st
 def causal_from_first_key(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Any:
     if kind == FULL:
         return "causal" if positions.shape[1] > 1 else None
-    return Gemma4._mask(self, kind, positions, keys, start)
+    return Gemma4._mask(self, kind, positions, keys, start, None)
 
 
 def empty_slots_visible(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Any:
-    return Gemma4._mask(self, kind, positions, replace(keys, positions=keys.positions.clamp(min=0)), start)
+    return Gemma4._mask(self, kind, positions, replace(keys, positions=keys.positions.clamp(min=0)), start, None)
 
 
 def masked_by_slot(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Any:
@@ -103,7 +106,7 @@ class _ColumnCache(KVCache):
 
 def padding_attended(candidate: TorchCandidate) -> None:
     def mask(self: Gemma4, kind: str, positions: Tensor, keys: Keys, start: int | None) -> Any:
-        return Gemma4._mask(self, kind, keys.positions.gather(1, keys.write), keys, None)
+        return Gemma4._mask(self, kind, keys.positions.gather(1, keys.write), keys, None, None)
 
     cache(_ColumnCache)(candidate)
     masks(mask)(candidate)

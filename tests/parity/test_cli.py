@@ -2,15 +2,22 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from gemma4_impl.cli import cli
+from gemma4_impl.config import FULL, SLIDING
+from gemma4_impl.quant.recipe import RECIPES
+from gemma4_impl.quant.save import quantize_checkpoint
 from parity import cli as _commands  # noqa: F401  registers them
 from parity import engine, tapfile
 from parity.faults import FAULTS
+from reference.tiny import aligned, make_tiny
+from reference.tiny_gguf import make_tiny_gguf
 
 
 def run(*args: object) -> Result:
@@ -113,6 +120,125 @@ def test_parity_of_a_wrong_model_exits_with_1_and_names_the_tap(tiny, tmp_path, 
     assert "layers.0.self_attn.out" in result.stdout.replace("\n", "")
     divergence = json.loads((tmp_path / "report.json").read_text())["cases"][0]["first_divergence"]
     assert (divergence["tap"], divergence["origin"]) == ("layers.0.self_attn.out", "created")
+
+
+# Quantized candidates
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint, and what was made of it; `other` is another one."""
+    folder = tmp_path_factory.mktemp("quantized")
+    overrides = aligned("31B", 32) | {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
+    original = make_tiny("31B", folder / "original", overrides=overrides)
+    quantize_checkpoint(original, folder / "int4", RECIPES["default"])
+    return {
+        "original": original,
+        "folder": folder / "int4",
+        "file": make_tiny_gguf(original, folder / "model-Q4_0.gguf", "Q4_0"),
+        "other": make_tiny("31B", folder / "other", overrides=overrides | {"sliding_window": 5}),
+    }
+
+
+_QUICK = ("--dtype", "float32", "--path", "full")
+
+
+def test_a_quantized_candidate_of_each_kind_is_split_in_three(quantized, tmp_path):
+    candidates = [f"--candidate=quantized:{quantized['folder']}", f"--candidate=gguf:{quantized['file']}"]
+    result = run("parity", quantized["original"], "--candidate", "torch", *candidates, *_QUICK, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert [c["candidate"] for c in data["cases"]] == [
+        *("torch", "quantized:int4 dequantized", "quantized:int4"),
+        *("gguf:model-Q4_0 dequantized", "gguf:model-Q4_0"),
+    ]
+    assert [entry["candidate"] for entry in data["quantized"]] == ["quantized:int4", "gguf:model-Q4_0"]
+    assert all(entry["stages"]["weights"]["logits"]["kl_mean"] > 0 for entry in data["quantized"])
+    assert len(data["meta"]["inputs"]) == 3
+    assert len({inputs["fingerprint"] for inputs in data["meta"]["inputs"].values()}) == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "Quantized: original quantized:int4" in page
+    assert "Quantized: original gguf:model-Q4_0" in page
+    assert "original gguf:model-Q4_0" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_quantized_candidate_needs_no_original(quantized, tmp_path, kind: str):
+    candidate = f"{'gguf' if kind == 'file' else 'quantized'}:{quantized[kind]}"
+    result = run("parity", "--candidate", candidate, *_QUICK, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["quantized"]
+    assert entry["stages"]["weights"] is None
+    assert entry["checkpoint"] == quantized[kind].stem
+
+
+def test_a_recipe_makes_a_candidate_of_the_checkpoint(quantized, tmp_path):
+    result = run(
+        "parity", quantized["original"], "--candidate", "quantized:sensitive", *_QUICK, "-o", tmp_path / "report"
+    )
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((tmp_path / "report" / "report.json").read_text())["quantized"]
+    assert entry["candidate"] == "quantized:sensitive"
+    assert {t["kind"] for t in entry["tensors"] if t["quantized"]} == {"int4, group 32", "int8, a row"}
+
+
+def test_a_file_of_another_checkpoint_is_red(quantized, tmp_path):
+    shutil.copytree(quantized["original"], tmp_path / "changed")
+    weights = tmp_path / "changed" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: t * 1.5 if "mlp.up" in name else t for name, t in tensors.items()}, weights, {"format": "pt"})
+    candidate = f"gguf:{quantized['file']}"
+    result = run("parity", tmp_path / "changed", "--candidate", candidate, *_QUICK, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "layers.0.mlp.up_proj.weight is not a rounding of the original" in result.stdout
+    assert "2 tensors wrong" in result.stdout
+
+
+def test_quantized_weights_captured_apart_are_green(quantized, tmp_path):
+    made = {name: tmp_path / f"{name}.safetensors" for name in ("truth", "reference", "candidate")}
+    common = ("capture", quantized["file"], "--length", "20", "--device", "cpu")
+    for name, options in {
+        "truth": ("--impl", "hf", "--dtype", "float64", "--weights", "bfloat16"),
+        "reference": ("--impl", "hf", "--dtype", "bfloat16"),
+        "candidate": ("--impl", "torch", "--dtype", "bfloat16", "--path", "decode"),
+    }.items():
+        result = run(*common, *options, "-o", made[name])
+        assert result.exit_code == 0, result.output
+    result = run("compare", made["candidate"], made["reference"], "--truth", made["truth"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "candidate", "words"),
+    [
+        (["original"], "int4", ["--candidate 'int4'", "quantized:DIR", "gguf:FILE"]),
+        (["original"], "gguf:", ["gguf:FILE"]),
+        (["original"], "gguf:nothing.gguf", ["nothing.gguf", "no such file"]),
+        ([], "gguf:Q9_9", ["Q9_9", "Q4_K_M", "Q8_0"]),
+        (["original"], "quantized:nothing", ["nothing", "no such folder", "default", "sensitive"]),
+        (["original"], "quantized:{original}", ["names no quantization", "gemma4 quantize"]),
+        (["original"], "gguf:{folder}", ["int4", "no file"]),
+        (["original"], "gguf:{original}/config.json", ["config.json", "GGUF"]),
+        (["other"], "gguf:{file}", ["sliding_window = 9", "but 5", "not made from this checkpoint"]),
+        (["other"], "quantized:{folder}", ["sliding_window = 9", "but 5"]),
+        (["original", "other"], "gguf:{file}", ["one CHECKPOINT alone"]),
+        (["folder"], "torch", ["--candidate quantized:", "CHECKPOINT"]),
+        (["file"], "torch", ["--candidate gguf:", "CHECKPOINT"]),
+    ],
+)
+def test_a_candidate_that_cannot_be_is_one_line_and_exit_code_2(quantized, tmp_path, checkpoints, candidate, words):
+    paths = [quantized[name] for name in checkpoints]
+    named = {name: str(path) for name, path in quantized.items()}
+    refused(run("parity", *paths, "--candidate", candidate.format(**named), "-o", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["gguf", "torchao.prototype.safetensors.safetensors_support"])
+def test_without_another_reader_there_is_one_line(quantized, tmp_path, monkeypatch, package: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    candidate = f"gguf:{quantized['file']}" if package == "gguf" else f"quantized:{quantized['folder']}"
+    words = ["not installed", "pip install", "gguf-py" if package == "gguf" else "torchao"]
+    refused(run("parity", quantized["original"], "--candidate", candidate, "-o", tmp_path / "out"), *words)
 
 
 def test_tiny_makes_a_checkpoint_once(tmp_path):

@@ -16,6 +16,9 @@ from parity import budget, engine, plots, report
 from parity.candidate import TorchCandidate
 from parity.compare import Comparison, Flip, compare
 from parity.engine import Case, Report
+from parity.metrics import LogitMetrics
+from parity.quantized import Damage, Split
+from parity.weights import Packed, TensorCheck
 
 NAMES = ["embed", *(f"layers.{i}.{s}" for i in range(4) for s in ("self_attn.q", "self_attn.out", "out")), "logits"]
 HOSTILE = """<script>alert("1")</script>'&$x$[red]"""
@@ -57,6 +60,24 @@ def flipped() -> Comparison:
     return out
 
 
+def quantized(bug: str | None = None, *, misread: int = 0, damage: bool = True, candidate: str = "gguf:x") -> Report:
+    """One quantized candidate: stage B green, C with `bug`, and a tensor of which `misread` values are."""
+    created = {name: 0.0 if name == "embed" else 2e-2 for name in NAMES}
+    stage_a = Damage({**created, "logits": 3e-2}, created, LogitMetrics(2e-3, 5e-2, 0.875, 0.9), (21.3, 22.5), 40, 3)
+    q, near = "self_attn.q_proj.weight", (20.5, 21.5, 41.5, math.inf) if damage else (None,) * 4
+    tensors = [
+        TensorCheck("embed_tokens.weight", (64, 8), True, "Q6_K", 420, 0, near[2], 0.28),
+        TensorCheck(f"layers.0.{q}", (8, 8), True, "Q4_K", 36, misread, near[0], 0.3),
+        TensorCheck(f"layers.3.{q}", (8, 8), True, "Q4_K", 36, 0, near[1], 0.3),
+        TensorCheck("norm.weight", (8,), False, "F32", 32, 0, near[3]),
+    ]
+    tensors[0].packed["float32"] = Packed("dequantize", 0.0)
+    dense = [Case("E2B", "float32", "full", comparison(), f"{candidate} dequantized")]
+    packed = [Case("E2B", "float32", path, comparison(bug), candidate) for path in ("full", "decode")]
+    split = Split("E2B", candidate, "gguf", tensors, stage_a if damage else None, dense, packed)
+    return Report([case(comparison()), *split.cases], splits=[split])
+
+
 REPORTS = {
     "green": lambda: Report([case(comparison()), case(comparison(rows=2), "left_padded")]),
     "red": lambda: Report([case(comparison()), case(comparison("scale"), "decode")]),
@@ -64,6 +85,10 @@ REPORTS = {
     "missing": lambda: Report([case(comparison(missing=3)), case(Comparison([], ["embed"], [], [], None), "decode")]),
     "flips": lambda: Report([case(flipped(), checkpoint="26B")]),
     "two candidates": lambda: Report([case(comparison()), Case("E2B", "float32", "full", comparison(), "nnx")]),
+    "quantized": quantized,
+    "quantized, misread": lambda: quantized(misread=5),
+    "quantized, wrong kernel": lambda: quantized("scale"),
+    "quantized, no original": lambda: quantized("nan", damage=False),
     "empty": Report,
 }
 
@@ -279,7 +304,7 @@ def test_table_names_what_is_wrong_on_one_line():
     )
     assert "E2B float32 decode: no taps captured\n" in table(REPORTS["missing"]())
     assert "(margin: 3.1e-2, allowed 1.0e-6)" in table(REPORTS["flips"]())
-    assert "E2B float32 nnx/hf" in table(REPORTS["two candidates"]())
+    assert "E2B float32 nnx " in table(REPORTS["two candidates"]())
     assert table(REPORTS["green"]()).splitlines()[-1].startswith("green: 2 cases")
     assert table(Report()) == "red: 0 cases\n"
 
@@ -331,3 +356,75 @@ def test_a_real_run(tiny, tmp_path):
     first = json.loads((tmp_path / "report.json").read_text())["cases"][1]["first_divergence"]
     assert (first["tap"], first["origin"]) == ("layers.3.out", "created")
     assert "broken float32 full: first divergence layers.3.out" in table(what)
+
+
+# Quantized candidates
+
+
+def test_json_of_a_quantized_candidate():
+    data = strict(report.to_json(quantized(misread=5), {}))
+    assert data["summary"]["verdict"] == "red"
+    assert data["summary"]["red"] == 0
+    (entry,) = data["quantized"]
+    assert (entry["checkpoint"], entry["candidate"], entry["verdict"]) == ("E2B", "gguf:x", "red")
+    assert entry["stored_bytes"] == 420 + 36 + 36 + 32
+    assert entry["bits_per_weight"] == pytest.approx(8 * 524 / (64 * 8 + 2 * 64 + 8))
+    assert set(entry["stages"]) == {"weights", "dequantized", "packed"}
+    assert entry["stages"]["weights"]["logits"]["kl_mean"] == 2e-3
+    assert [stage["path"] for stage in entry["stages"]["packed"]] == ["full", "decode"]
+    assert entry["tensors"][1]["wrong"] == ["misread: 5 of 64 values are not what the reference's reader finds"]
+    assert entry["tensors"][0]["packed"] == {"float32": {"kernel": "dequantize", "error": 0}}
+    assert entry["tensors"][3]["sqnr_db"] == "inf"
+    assert strict(report.to_json(quantized(damage=False), {}))["quantized"][0]["stages"]["weights"] is None
+    assert strict(report.to_json(quantized(), {}))["summary"]["verdict"] == "green"
+
+
+def test_a_misread_tensor_is_red_though_no_case_is():
+    what = quantized(misread=5)
+    assert what.failed
+    assert not what.red
+    line = "E2B gguf:x: layers.0.self_attn.q_proj.weight is misread: 5 of 64 values"
+    assert line in table(what)
+    assert table(what).splitlines()[-1].startswith("red: 4 cases, 1 tensors wrong (!)")
+    assert "quantized tensors are wrong" in page(what)
+    assert "layers.0.self_attn.q_proj.weight is misread" in page(what)
+    assert not quantized().failed
+
+
+def test_a_wrong_kernel_is_red_in_its_own_stage():
+    what = quantized("scale")
+    row = next(line for line in table(what).splitlines() if line.startswith(" E2B gguf:x  "))
+    assert row.count("!") == 1
+    assert row.rstrip().endswith("!")
+    text = page(what)
+    section = text[text.index("Quantized: E2B gguf:x") :]
+    assert section.index("✓ green") < section.index("B dequantized") < section.index("✗ red")
+
+
+def test_page_of_a_quantized_candidate():
+    text = page(quantized())
+    for part in ("Quantized: E2B gguf:x", "21.3 → 22.5", "87.5 %", "3 / 40", "SQNR 20.5 to 41.5 dB", "gguf-py read"):
+        assert part in text
+    assert "1 x dequantize; weights exact" in text
+    alone = page(quantized(damage=False))
+    assert "Without the original checkpoint there is no A" in alone
+    assert "21.3" not in alone
+
+
+def test_the_table_of_quantized_candidates_fits_80_columns():
+    what = quantized(candidate="quantized:sensitive")
+    what.cases += (more := [Case("E2B", "bfloat16", "full", comparison(), "quantized:sensitive")])
+    what.splits[0].packed += more
+    what.splits[0].checkpoint = "tiny E2B/32"
+    text = table(what)
+    header = next(line for line in text.splitlines() if "top-1" in line)
+    assert header.split()[-2:] == ["float32", "bfloat16"]
+    assert max(map(len, text.splitlines()[:-1])) <= 80
+    assert "2.0e-3" in text
+    assert "87.5 %" in text
+    assert "20.5" in text
+
+
+def test_a_quantized_label_is_escaped():
+    text = page(quantized(misread=1, candidate=HOSTILE))
+    assert "<script" not in text

@@ -59,8 +59,8 @@ def test_quantizes_and_generates(source, tmp_path):
 
 @pytest.mark.parametrize("variant", ["E4B", "26B-A4B", "31B"])
 def test_what_it_makes_is_the_model(tmp_path, variant):
-    """Loaded back in float32: the logits of the dequantized weights, up to rounding. Those are themselves 25 to 29 units
-    of 2**-24 away from float64; four times that is allowed."""
+    """Loaded back in float32: the logits of the dequantized weights, up to rounding. Those are themselves 25 to 29
+    units of 2**-24 away from float64; four times that is allowed."""
     source = make_tiny(variant, tmp_path / "s", overrides=aligned(variant, 32))
     assert run("quantize", source, "-o", tmp_path / "q").exit_code == 0
     checkpoint = open_checkpoint(tmp_path / "q")
@@ -141,6 +141,18 @@ def test_ctrl_c_leaves_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(save, "_write_config", interrupted)
     result = run("quantize", source, "-o", tmp_path / "a/q")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_being_ended_leaves_nothing(source, tmp_path):
+    code = (
+        "import os, signal, time; from gemma4_impl.cli import cli; import gemma4_impl.quant.save as s\n"
+        "def end(*_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "s._write_config = end; cli()"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(source), "-o", str(tmp_path / "q")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "")
     assert list(tmp_path.iterdir()) == []
 
 

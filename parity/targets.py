@@ -1,0 +1,119 @@
+"""What a parity run is to check: checkpoints with our model, and quantized candidates made from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from gemma4_impl.checkpoint import check_fits, is_quantized
+from gemma4_impl.config import VARIANTS
+from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.quant.recipe import RECIPES, load_recipe
+from parity.quantized import KINDS, Quantized, Target, check_same_architecture
+from reference.tiny import TINY, aligned, make_tiny
+
+TORCH = "torch"
+_DEMONSTRATED = (("E2B", "quantized:default", "torchao"), ("26B-A4B", "gguf:Q4_K_M", "gguf"))
+"""What is checked beside our model on the tiny checkpoints if nothing is asked for, where the package is installed."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    plain: dict[str, Path]
+    """Label -> folder of the checkpoints that our model is checked on as they are."""
+    quantized: list[Target]
+
+
+def targets(candidates: Sequence[str], checkpoints: Mapping[str, Path], folder: Path) -> Targets:
+    """`candidates` are `torch`, `quantized:DIR`, `quantized:RECIPE`, `gguf:FILE` and `gguf:TYPE`; what is only named by
+    a recipe or type is made in `folder`, of `checkpoints` (label -> folder) or, if there are none, of tiny ones.
+
+    Raises ValueError for one that is unknown or fits no checkpoint, and what opening the files raises."""
+    parsed = [_parse(value) for value in candidates if value != TORCH]
+    plain = dict(checkpoints) if TORCH in candidates or not candidates else {}
+    found = []
+    if not checkpoints:
+        if TORCH in candidates or not candidates:
+            plain = {f"tiny {v}": make_tiny(v, folder / v) for v in VARIANTS}
+        shown = [] if candidates else [(v, value) for v, value, package in _DEMONSTRATED if find_spec(package)]
+        wanted = [(v, *_parse(value)) for v, value in shown]
+        wanted += [(v, kind, name) for v in VARIANTS for kind, name in parsed if not Path(name).exists()]
+        found += [_tiny(variant, kind, name, folder) for variant, kind, name in wanted]
+    for kind, name in parsed:
+        if Path(name).exists():
+            found.append(_on_disk(kind, Path(name), checkpoints))
+        elif checkpoints:
+            found += [_made(label, path, kind, name, folder) for label, path in checkpoints.items()]
+    for target in found:
+        check(target)
+    return Targets(plain, found)
+
+
+def check(target: Target) -> None:
+    """Raises what is wrong with the candidate and can be known before anything runs."""
+    weights = target.candidate.weights()
+    with torch.device("meta"):
+        check_fits(Gemma4(weights.config), weights)
+    target.candidate.source()
+    if target.original is not None:
+        check_same_architecture(target.original, target.candidate)
+
+
+def _parse(value: str) -> tuple[str, str]:
+    kind, _, name = value.partition(":")
+    if kind not in KINDS or not name:
+        raise ValueError(f"--candidate {value!r}: expected torch, quantized:DIR or gguf:FILE")
+    return kind, name
+
+
+def _on_disk(kind: str, path: Path, checkpoints: Mapping[str, Path]) -> Target:
+    if kind == "quantized" and not (path.is_dir() and is_quantized(path)):
+        raise ValueError(
+            f"--candidate quantized:{path}: config.json names no quantization; `gemma4 quantize` makes one"
+        )
+    if kind == "gguf" and not path.is_file():
+        raise ValueError(f"--candidate gguf:{path}: is no file")
+    if len(checkpoints) > 1:
+        raise ValueError(f"--candidate {kind}:{path}: give one CHECKPOINT alone, the one that it was made from")
+    name = path.resolve().stem if kind == "gguf" else path.resolve().name
+    for label, original in checkpoints.items():
+        return Target(label, Quantized(kind, path, f"{kind}:{name}"), original)
+    return Target(name, Quantized(kind, path, kind), None)
+
+
+def _made(label: str, original: Path, kind: str, name: str, folder: Path) -> Target:
+    if kind == "gguf":
+        raise FileNotFoundError(f"--candidate gguf:{name}: no such file; llama.cpp's convert_hf_to_gguf.py makes one")
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise FileNotFoundError(f"--candidate quantized:{name}: no such folder, nor a recipe; there are {known}")
+    from gemma4_impl.quant.save import quantize_checkpoint
+
+    out = folder / f"{len(list(folder.iterdir()))} {name}"
+    quantize_checkpoint(original, out, load_recipe(name))
+    return Target(label, Quantized(kind, out, f"{kind}:{name}"), original)
+
+
+def _tiny(variant: str, kind: str, name: str, folder: Path) -> Target:
+    """A tiny checkpoint, in bfloat16 as the released ones are, whose rows can be quantized, and what is made of it."""
+    at = folder / f"{variant} {kind} {name}"
+    if kind == "quantized":
+        original = make_tiny(variant, at, dtype="bfloat16", overrides=aligned(variant, 32))
+        return _made(f"tiny {variant}/32", original, kind, name, folder)
+    from reference.tiny_gguf import DRAWN, TYPES, make_tiny_gguf
+
+    if name not in (*TYPES, "Q4_K_M"):
+        known = ", ".join(TYPES)
+        raise FileNotFoundError(f"--candidate gguf:{name}: no such file, nor a type; there are Q4_K_M, {known}")
+    overrides = aligned(variant, 256)
+    if not TINY[variant].get("num_kv_shared_layers"):
+        # Rows this long take their time; the second half of the layers repeats the first.
+        types = TINY[variant]["layer_types"]
+        overrides |= {"layer_types": types[len(types) // 2 :], "num_hidden_layers": len(types) // 2}
+    original = make_tiny(variant, at, dtype="bfloat16", overrides=overrides)
+    file = make_tiny_gguf(original, folder / f"{variant} {name}.gguf", name)
+    # gguf-py cannot quantize to some types; a file of those holds weights of its own.
+    own = name in (*DRAWN, "Q4_K_M")
+    return Target(f"tiny {variant}/256", Quantized(kind, file, f"{kind}:{name}"), None if own else original)
