@@ -15,8 +15,11 @@ from torch import Tensor
 from gemma4_impl.gguf.blocks import GGML_TYPES, BlockType, bytes_per_row, dequantize
 from gemma4_impl.gguf.repack import repack
 
-ROWS, K = 5376, 5376
-"""A quarter of a gate_proj of the 31B."""
+K = 5376
+ROWS = {"Q4_K": 21_504}
+"""A gate_proj of the 31B for the type that most of a file is in."""
+LESS = 5376
+"""A quarter of one for the others."""
 TYPES = [t for t in GGML_TYPES.values() if t.quantized]
 SCALES = {
     "Q4_0": [0],
@@ -35,7 +38,7 @@ SCALES = {
 }
 """Where a block has a float16."""
 FLOOR = 8.0
-"""Times as fast as gguf-py's `dequantize` is what `repack` of Q4_K must be, each at its best, least disturbed round."""
+"""Times as fast as gguf-py's `dequantize` is what `repack` of Q4_K must be, in the median of the rounds."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,8 @@ def _threads():
 @pytest.fixture
 def file(type: BlockType, tmp_path: Path) -> Path:
     """Random blocks, with scales as small as weights have."""
-    blocks = numpy.random.default_rng(0).integers(0, 256, (ROWS * K // type.block, type.nbytes), dtype=numpy.uint8)
+    rows = ROWS.get(type.name, LESS)
+    blocks = numpy.random.default_rng(0).integers(0, 256, (rows * K // type.block, type.nbytes), dtype=numpy.uint8)
     for at in SCALES[type.name]:
         blocks[:, at + 1] = blocks[:, at + 1] & 0x83 | 0x10
     if type.name == "MXFP4":
@@ -70,8 +74,10 @@ WAYS: dict[str, Callable] = {"repack": repack, "dequantize": dequantize, "gguf-p
 def test_blocks(benchmark, file: Path, type: BlockType) -> None:
     """The row's time is that of `repack`; the others run before it in every round."""
 
+    rows = ROWS.get(type.name, LESS)
+
     def run(way: str):
-        data = torch.from_numpy(numpy.memmap(file, numpy.uint8, "c")).view(ROWS, bytes_per_row(type, K))
+        data = torch.from_numpy(numpy.memmap(file, numpy.uint8, "c")).view(rows, bytes_per_row(type, K))
         return WAYS[way](data, type)
 
     truth = run("gguf-py's dequantize").view(torch.int32)
@@ -88,17 +94,17 @@ def test_blocks(benchmark, file: Path, type: BlockType) -> None:
             run(way)
             seconds.append(time.perf_counter() - start)
 
-    benchmark.group = f"GGUF blocks, {ROWS} x {K}"
-    benchmark.pedantic(run, args=("repack",), setup=others, rounds=15 if type.name == "Q4_K" else 5)
+    benchmark.group = f"GGUF blocks, {rows} x {K}"
+    benchmark.pedantic(run, args=("repack",), setup=others, rounds=5)
     benchmark.extra_info.update(type=type.name, threads=torch.get_num_threads())
     if not benchmark.enabled:
         return
     times["repack"] = benchmark.stats.stats.data
     peer = times["gguf-py's dequantize"]
     for way, seconds in times.items():
-        benchmark.extra_info[f"{way} {type.name}, Gweights/s"] = ROWS * K / statistics.median(seconds) / 1e9
+        benchmark.extra_info[f"{way} {type.name}, Gweights/s"] = rows * K / statistics.median(seconds) / 1e9
         if way in ("repack", "dequantize"):
             ratio = statistics.median(p / s for p, s in zip(peer, seconds, strict=True))
             benchmark.extra_info[f"{way} {type.name}: times as fast as gguf-py's dequantize"] = ratio
-    if type.name == "Q4_K":
-        assert min(peer) / min(times["repack"]) >= FLOOR
+            if type.name == "Q4_K" and way == "repack":
+                assert ratio >= FLOOR

@@ -34,6 +34,7 @@ def soft_token_errors(images: ProcessedImages, comparison: Comparison, label: st
             place = column * (_PANEL + _GAP) / width, bottom / height, _PANEL / width, _PANEL / height
             axes = figure.add_axes(place)
             axes.set_axis_off()
+            axes.set_anchor("N")
             return axes
 
         for i, error in enumerate(errors):

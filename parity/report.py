@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma4_impl.files import replacing
+from gemma4_impl.taps import VISION
 from parity import budget, plots, plots_images
 from parity.compare import Comparison, Divergence, TapResult
 from parity.engine import DTYPES, Case, Report
@@ -189,8 +190,9 @@ def reasons(comparison: Comparison) -> list[str]:
     """Why it is red, a line each; empty if it is green."""
     out = []
     if first := comparison.first_divergence:
+        row = "image" if first.tap.startswith(VISION) else "row"
         out.append(
-            f"first divergence {first.tap}, row {first.row} position {first.position}, {_origin(first)} "
+            f"first divergence {first.tap}, {row} {first.row} position {first.position}, {_origin(first)} "
             f"({first.check}: {sci(first.error)}, allowed {sci(first.allowed)})"
         )
     if not comparison.taps:

@@ -190,9 +190,8 @@ def _write_weights(
 
     def converted(shard: list[_Job]) -> Iterator[_Converted]:
         nonlocal done
-        for result in _ahead(
-            _convert, ((checkpoint, job, block) for job in shard for block in _blocks(checkpoint, job))
-        ):
+        blocks = ((checkpoint, job, block) for job in shard for block in _blocks(checkpoint, job))
+        for result in _ahead(_convert, blocks):
             yield result
             done += result.block.numel()
             progress(done, total)
@@ -347,7 +346,7 @@ def _versions() -> dict[str, str]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
