@@ -9,7 +9,7 @@ parity: $(VENV)/installed
 	$(BIN)/gemma4 parity
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest --benchmark-only
