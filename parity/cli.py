@@ -211,7 +211,7 @@ def compare_command(candidate: Path, reference: Path, truth: Path | None) -> Non
     multiple=True,
     help="Repeatable. DIR or FILE was made from the CHECKPOINT, which may be left out. Instead of DIR a recipe, such "
     "as quantized:default, makes one; without a CHECKPOINT, gguf:Q4_K_M makes a tiny FILE.  [default: torch; without "
-    "a CHECKPOINT also one of each kind]",
+    "a CHECKPOINT one of each]",
 )
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES[:2]), multiple=True, help="Repeatable.  [default: both]")
 @click.option("--path", "paths", type=click.Choice(PATHS), multiple=True, help="Repeatable.  [default: all]")

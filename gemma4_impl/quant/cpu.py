@@ -98,12 +98,19 @@ class Int4Weight(_KernelWeight):
         E, nibbles = math.prod(lead), K * (1 + self.split)
         qdata = torch.empty(E, N, nibbles // 2, dtype=torch.uint8)
         folded = torch.empty(E, K // self.unit, N, 2, dtype=torch.bfloat16)
+        rest = torch.empty_like(folded)
         for e, rows in itertools.product(range(E), self._slices()):
             part = weight[e][rows] if lead else weight[rows]
-            codes, folded[e, :, rows] = (_split if self.split else _fold)(part, self.unit)
+            codes, exact = (_split if self.split else _fold)(part, self.unit)
+            folded[e, :, rows] = _rounded(exact) if weight.zero is None else exact
+            rest[e, :, rows] = exact - folded[e, :, rows]
             _interleave(codes, self.block_rows, qdata[e, rows])
         self.register_buffer("qdata", qdata.view(*lead, *qdata.shape[1:]))
         self.register_buffer("scale_and_zero", folded.view(*lead, *folded.shape[1:]))
+        # What bfloat16 leaves of a file's scales and zeros. Where there are zeros, which are large beside the weights,
+        # it goes through the kernel too; and dequantizing is exact to 16 bits.
+        self.register_buffer("rest", rest.view(*lead, *rest.shape[1:]) if rest.any() else None)
+        self.twice = self.rest is not None and weight.zero is not None
 
     def _slices(self) -> Iterator[slice]:
         """All rows, some at a time: full blocks of the kernel's, then what is left."""
@@ -120,11 +127,21 @@ class Int4Weight(_KernelWeight):
             group *= 2
             x = x.view(len(x), self.shape[-1] // self.unit, 1, self.unit)
             x = torch.cat((x * 16, x), dim=2).flatten(1)
-        qdata, scale_and_zero = self._matrix(expert)
-        return torch._weight_int4pack_mm_for_cpu(x, qdata, group, scale_and_zero)
+        qdata, scale_and_zero, rest = self._matrix(expert)
+        y = torch._weight_int4pack_mm_for_cpu(x, qdata, group, scale_and_zero)
+        return y if not self.twice else y.add_(torch._weight_int4pack_mm_for_cpu(x, qdata, group, rest))
 
     def blocks(self, dtype: torch.dtype, expert: int | None = None) -> Iterator[Tensor]:
-        qdata, scale_and_zero = self._matrix(expert)
+        return self._blocks(dtype, expert, exact=True)
+
+    def represented(self, expert: int | None = None) -> Iterator[Tensor]:
+        return self._blocks(torch.float32, expert, exact=self.twice)
+
+    def _blocks(self, dtype: torch.dtype, expert: int | None, exact: bool) -> Iterator[Tensor]:
+        qdata, scale_and_zero, rest = self._matrix(expert)
+        scale_and_zero = scale_and_zero.to(_wide(dtype))
+        if exact and rest is not None:
+            scale_and_zero += rest
         for rows in self._slices():
             for block in self._dequantized(qdata[rows], scale_and_zero[:, rows], dtype):
                 yield block.T
@@ -136,16 +153,14 @@ class Int4Weight(_KernelWeight):
         if self.split:
             high, low = codes.view(blocks, -1, 2, self.unit, columns).unbind(2)
             codes = high << 4 | low
-        scale, zero = (
-            scale_and_zero.to(_wide(dtype)).view(-1, 1, blocks, columns, 2).permute(4, 2, 0, 1, 3).contiguous()
-        )
+        scale, zero = scale_and_zero.view(-1, 1, blocks, columns, 2).permute(4, 2, 0, 1, 3).contiguous()
         weight = codes.to(_wide(dtype)).view(blocks, -1, self.unit, columns)
         weight.sub_(_HALVES if self.split else 8).mul_(scale).add_(zero, alpha=17 if self.split else 1)
         return weight.to(dtype).view(blocks, -1, columns)
 
-    def _matrix(self, expert: int | None) -> tuple[Tensor, Tensor]:
-        both = self.qdata, self.scale_and_zero
-        return both if expert is None else (both[0][expert], both[1][expert])
+    def _matrix(self, expert: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = self.qdata, self.scale_and_zero, self.rest
+        return parts if expert is None else tuple(part if part is None else part[expert] for part in parts)
 
 
 def _units(weight: QuantizedTensor) -> tuple[int, bool] | None:
@@ -177,8 +192,24 @@ def _split(weight: QuantizedTensor, unit: int) -> tuple[Tensor, Tensor]:
 def _scale_and_zero(weight: QuantizedTensor, unit: int, shift: int, times: int) -> Tensor:
     scale = weight.scale.to(torch.float32)
     zero = scale * shift if weight.zero is None else weight.zero.to(torch.float32) + scale * shift
-    both = torch.stack((scale, zero / times), dim=-1).to(torch.bfloat16)
+    both = torch.stack((scale, zero / times), dim=-1)
     return both.repeat_interleave(weight.group_size // unit, dim=1).transpose(0, 1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """float32 [groups, N, 2] -> bfloat16, where what rounding a group takes or adds is made good in the row's next one.
+
+    The scales of a file are no random numbers: a maximum that was bfloat16, divided by 127, rounds down more often than
+    up, and a whole tensor would come out smaller by 3e-4."""
+    out = x.to(torch.bfloat16)
+    if torch.equal(out.float(), x):
+        return out
+    left = torch.zeros_like(x[0])
+    for group, wanted in enumerate(x):
+        left = left + wanted
+        out[group] = left
+        left = left - out[group]
+    return out
 
 
 def _interleave(codes: Tensor, block_rows: int, out: Tensor) -> None:

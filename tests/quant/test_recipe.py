@@ -426,3 +426,13 @@ class TestFiles:
             file.truncate(1 << 40)
         with pytest.raises(RecipeError, match="not a recipe"):
             load_recipe(tmp_path / "big.json")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_recipe_in_the_docs_fits(variant: str, tmp_path: Path) -> None:
+    docs = Path(__file__).parents[2] / "docs" / "quantization.md"
+    (tmp_path / "mine.toml").write_text(docs.read_text().partition("```toml\n")[2].partition("```")[0])
+    planned = plan(load_recipe(str(tmp_path / "mine.toml")), VARIANTS[variant])
+    assert planned["lm_head.weight"] is None
+    assert planned["layers.0.mlp.down_proj.weight"] == QuantConfig(8, 32)
+    assert planned["layers.7.mlp.gate_proj.weight"] == QuantConfig(4, 64, False, "hqq")
