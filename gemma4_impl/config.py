@@ -107,6 +107,10 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check(self)
 
+    def __hash__(self) -> int:
+        # The generated one would hash rope_parameters, a dict.
+        return hash((self.vocab_size, self.hidden_size, self.intermediate_size, self.layer_types))
+
     @functools.cached_property
     def first_kv_shared_layer(self) -> int:
         """Index of the first layer that reads another layer's keys and values (`num_hidden_layers` if none)."""

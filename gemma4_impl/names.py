@@ -1,4 +1,7 @@
-"""Tensor names: canonical ones (the checkpoint's, without its prefix), and those in Hugging Face and GGUF files."""
+"""Tensor names: canonical ones (the checkpoint's, without its prefix), those in Hugging Face and GGUF files, and the
+paths of Flax NNX parameters."""
+
+from collections.abc import Sequence
 
 # Longest first: a multimodal checkpoint's text tensors also start with "model.".
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -157,6 +160,26 @@ def tower_to_gguf(name: str) -> str:
     if not name.startswith(_TOWER_LAYERS) or not _is_index(index) or leaf not in _GGUF_TOWER_LAYER:
         raise ValueError(f"{name!r} is no tensor of Gemma 4's vision tower")
     return f"v.blk.{index}.{_GGUF_TOWER_LAYER[leaf]}"
+
+
+def to_nnx(name: str) -> tuple[tuple[str | int, ...], bool]:
+    """Path of the parameter in `gemma4_impl.nnx`, and whether it holds the tensor with its last two dims exchanged:
+    Flax calls a linear map's weight `kernel` [in, out], a norm's `scale` and a table's `embedding`."""
+    *parents, leaf = name.split(".")
+    turned = parents[-1:] == ["experts"]
+    if leaf == "weight":
+        module = parents[-1]
+        leaf = "scale" if "norm" in module else "embedding" if module.startswith("embed_tokens") else "kernel"
+        turned = leaf == "kernel"
+    return tuple(int(part) if part.isdigit() else part for part in (*parents, leaf)), turned
+
+
+def from_nnx(path: Sequence[str | int]) -> str:
+    """Inverse of `to_nnx`."""
+    *parents, leaf = map(str, path)
+    if leaf in ("kernel", "embedding") or (leaf == "scale" and "norm" in parents[-1]):
+        leaf = "weight"
+    return ".".join([*parents, leaf])
 
 
 def is_gguf_audio(name: str) -> bool:
