@@ -9,6 +9,7 @@ from jax import Array
 
 from gemma4_impl import taps
 from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
+from gemma4_impl.nnx import elementary
 from gemma4_impl.nnx.cache import KVCache, write
 from gemma4_impl.nnx.layers import Make, RMSNorm, at_least_float32, attend, gated, gelu, linear, param
 from gemma4_impl.nnx.moe import Experts, Router
@@ -126,7 +127,7 @@ class Gemma4(nnx.Module):
         scores = self.embed_tokens.attend(x) if config.tie_word_embeddings else self.lm_head(x)
         scores = at_least_float32(scores)
         if (cap := config.final_logit_softcapping) is not None:
-            scores = jnp.tanh(scores / cap) * cap
+            scores = elementary.tanh(elementary.divide(scores, cap)) * cap
         return taps.tap("", "logits", scores), cache
 
     def per_layer_inputs(self, tokens: Array, embed: Array) -> Array | None:

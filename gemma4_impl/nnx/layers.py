@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from gemma4_impl.nnx import elementary
 from gemma4_impl.nnx.sharding import partition
 
 
@@ -48,7 +49,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         wide = at_least_float32(x)
-        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        mean = elementary.divide(jnp.sum(wide * wide, axis=-1, keepdims=True), x.shape[-1])
+        y = wide * elementary.rsqrt(mean + self.eps)
         if self.scale is not None:
             y = y * self.scale[...].astype(y.dtype)
         return y.astype(self.dtype)
@@ -56,7 +58,7 @@ class RMSNorm(nnx.Module):
 
 def gelu(x: Array) -> Array:
     """The tanh form, at least in float32, not rounded back."""
-    return jax.nn.gelu(at_least_float32(x), approximate=True)
+    return elementary.gelu(at_least_float32(x))
 
 
 def gated(gate: Array, up: Array) -> Array:
