@@ -5,9 +5,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from rich.progress import track
@@ -19,6 +20,8 @@ from gemma4_impl.config import TextConfig
 from gemma4_impl.errors import one_line, plain, short
 from gemma4_impl.quant.pack import can_pack, install, tie_head
 from gemma4_impl.quant.tensor import QuantizedTensor
+
+_T = TypeVar("_T")
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LISTED = 8
@@ -237,9 +240,14 @@ def load_into(
     Raises CheckpointError as `check_fits` does."""
     expected = check_fits(model, checkpoint)
     order = sorted(expected, key=lambda name: (str(checkpoint.files[name]), name))
-    for name in track(order, description="loading", disable=not progress, transient=True):
+    for name in tracked(order, "loading", progress):
         _load_tensor(model, checkpoint, name, dtype, device)
     tie_head(model)
+
+
+def tracked(items: Sequence[_T], what: str, progress: bool) -> Iterable[_T]:
+    """The items, on a terminal with a bar if there is to be one."""
+    return track(items, description=what, disable=not (progress and sys.stdout.isatty()), transient=True)
 
 
 def _load_tensor(model: nn.Module, checkpoint: Weights, name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -260,8 +268,12 @@ def check_fits(model: nn.Module, checkpoint: Weights) -> list[str]:
 
     Raises CheckpointError listing every missing, unexpected or mis-shaped tensor, or for a head that ought to be tied
     and is not."""
-    config = model.config
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    return check_shapes({name: tuple(t.shape) for name, t in model.state_dict().items()}, model.config, checkpoint)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], config: TextConfig, checkpoint: Weights) -> list[str]:
+    """`check_fits` of a model that is known by the shapes of its tensors; a tied head may be among them or not."""
+    expected = dict(expected)
     unused = {
         f"layers.{layer.index}.self_attn.{part}.weight"
         for layer in config.layers
@@ -269,7 +281,7 @@ def check_fits(model: nn.Module, checkpoint: Weights) -> list[str]:
         for part in ("k_proj", "v_proj", "k_norm")
     }
     if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        expected.pop("lm_head.weight", None)
         unused.add("lm_head.weight")
     _compare_names(checkpoint, expected, unused)
     if config.tie_word_embeddings and "lm_head.weight" in checkpoint.files:

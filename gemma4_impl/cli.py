@@ -1,12 +1,13 @@
 """The commands of `gemma4`; an error of the user's ends in one line on stderr and exit code 2."""
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import gemma4_impl
 if TYPE_CHECKING:
     import torch
 
-    from gemma4_impl.generate import Generation
+    from gemma4_impl.generation import Generation
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -98,6 +99,8 @@ def cli() -> None:
 @click.option("--seed", type=int, help="Same seed, same text.  [default: a new one each time]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="[default: the checkpoint's]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda if there is one, else cpu]")
+@click.option("--backend", type=click.Choice(("torch", "jax")), default="torch", help="What computes it.")
+@click.option("--mesh", help="With --backend jax: spread the model over all devices, such as fsdp=1,tp=4.")
 @click.option("--max-seq-len", type=click.IntRange(min=1), help="Context length.  [default: as long as needed]")
 def generate_command(
     checkpoint: Path,
@@ -113,6 +116,8 @@ def generate_command(
     seed: int | None,
     dtype: str | None,
     device: str | None,
+    backend: str,
+    mesh: str | None,
     max_seq_len: int | None,
 ) -> None:
     """Generate text with the model in the folder or GGUF file CHECKPOINT.
@@ -121,29 +126,25 @@ def generate_command(
     """
     if (prompt is None) == (tokens is None):
         raise click.UsageError("Give either --prompt or --tokens", click.get_current_context())
+    if mesh is not None and backend != "jax":
+        raise click.UsageError("--mesh needs --backend jax", click.get_current_context())
     what = read_prompt(prompt) if tokens is None else parse_tokens(tokens)
 
-    from gemma4_impl.generate import Interrupted, generate
-    from gemma4_impl.model.decoder import Gemma4
-    from gemma4_impl.model.sampler import Sampling
-    from gemma4_impl.tokenizer import Tokenizer
+    from gemma4_impl.generation import Interrupted, Sampling
 
     # What is wrong should come to light before minutes of loading.
     Sampling(temperature, top_k, top_p, seed)
-    target = resolve_device(device)
-    tokenizer = Tokenizer.from_pretrained(checkpoint)
-    encoder = None
-    if images:
-        from gemma4_impl.vision.images import ImageEncoder
+    tower, progress = (mmproj or checkpoint) if images else None, sys.stderr.isatty()
+    if backend == "jax":
+        from gemma4_impl.nnx.command import open_jax
 
-        encoder = ImageEncoder.from_pretrained(mmproj or checkpoint, resolve_dtype(dtype), target, text=checkpoint)
-    model = Gemma4.from_pretrained(checkpoint, resolve_dtype(dtype), target, progress=sys.stderr.isatty())
+        generate = open_jax(checkpoint, tower, dtype, device, mesh, progress)
+    else:
+        generate = open_torch(checkpoint, tower, dtype, device, progress)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         result = generate(
-            model,
-            tokenizer,
             what,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -154,7 +155,6 @@ def generate_command(
             stream=lambda text: click.echo(text, nl=False),
             max_seq_len=max_seq_len,
             images=images,
-            encoder=encoder,
         )
     except Interrupted as interrupted:
         click.echo()
@@ -162,6 +162,26 @@ def generate_command(
         click.get_current_context().exit(130)
     click.echo()
     click.echo(stats_line(result), err=True)
+
+
+def open_torch(
+    checkpoint: Path, tower: Path | None, dtype: str | None, device: str | None, progress: bool
+) -> Callable[..., "Generation"]:
+    """Loads the model at `checkpoint`, with the vision tower at `tower` if there is one. Returns `generate` for it,
+    which takes a prompt and options. Raises ValueError for a device that is not there, and as loading does."""
+    from gemma4_impl.generate import generate
+    from gemma4_impl.model.decoder import Gemma4
+    from gemma4_impl.tokenizer import Tokenizer
+
+    target, wanted = resolve_device(device), resolve_dtype(dtype)
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    encoder = None
+    if tower is not None:
+        from gemma4_impl.vision.images import ImageEncoder
+
+        encoder = ImageEncoder.from_pretrained(tower, wanted, target, text=checkpoint)
+    model = Gemma4.from_pretrained(checkpoint, wanted, target, progress=progress)
+    return functools.partial(generate, model, tokenizer, encoder=encoder)
 
 
 def stats_line(g: "Generation") -> str:

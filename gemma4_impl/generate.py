@@ -1,63 +1,22 @@
 """The verbs of inference: prefill, decode_one_token, and generate, which turns a prompt into text and timings."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gemma4_impl.config import TextConfig
+from gemma4_impl.generation import Generation, Interrupted, Prompt, Sampling, Transcript, check_prompt, prompt_ids
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
-from gemma4_impl.model.sampler import Sampling, sample
+from gemma4_impl.model.sampler import sample
 from gemma4_impl.model.soft_tokens import SoftTokens
-from gemma4_impl.tokenizer import StreamDecoder, Tokenizer
+from gemma4_impl.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gemma4_impl.vision.images import ImageEncoder
     from gemma4_impl.vision.processing import ImageSource
-
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `generate` made, and how fast."""
-
-    text: str
-    tokens: tuple[int, ...]
-    """The new ids; the last one is the stop token if there was one, which `text` leaves out."""
-    prompt_tokens: int
-    prefill_seconds: float
-    """Until the first new token was known."""
-    decode_seconds: float
-    """For all tokens after the first."""
-    decode_bytes: int
-    """What the decode steps had to read, see `bytes_per_token`."""
-    stop_reason: Literal["eos", "length", "interrupted"]
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return _rate(self.prompt_tokens, self.prefill_seconds)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """0 if there was no second token to time."""
-        return _rate(max(0, len(self.tokens) - 1), self.decode_seconds)
-
-    @property
-    def gb_per_second(self) -> float:
-        return _rate(self.decode_bytes, self.decode_seconds) / 1e9
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while decoding; `generation` holds what was there by then."""
-
-    def __init__(self, generation: Generation):
-        super().__init__()
-        self.generation = generation
 
 
 @torch.inference_mode()
@@ -132,94 +91,37 @@ def generate(
     Raises ValueError for a prompt that does not fit, a bad parameter, or logits that are NaN; Interrupted.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     start = time.perf_counter()
-    ids, soft = _with_images(model, tokenizer, prompt, chat, images, encoder)
+    ids, processed = prompt_ids(tokenizer, prompt, chat, images, encoder)
     limit = check_prompt(model.config, ids, max_seq_len)
-    if soft is not None:
+    stop = tokenizer.stop_ids | set(model.config.eos_token_id)
+    transcript = Transcript(tokenizer, stop, max_new_tokens, limit - len(ids), stream)
+    tokens, soft = torch.tensor([ids], device=model.device), None
+    if processed is not None:
+        soft = encoder.merge(tokens, encoder.encode(processed), model.dtype)
         max_chunk = max(max_chunk, soft.longest)
     capacity = max_seq_len or min(len(ids) + max_new_tokens, limit)
     cache = model.make_cache(1, max_seq_len=capacity, max_chunk=max_chunk)
-    stop = tokenizer.stop_ids | set(model.config.eos_token_id)
     generator = sampling.generator(model.device)
-    decoder = StreamDecoder(tokenizer)
-    pieces: list[str] = []
 
-    def emit(text: str) -> None:
-        pieces.append(text)
-        if stream is not None and text:
-            stream(text)
-
-    tokens: list[int] = []
-    logits = prefill(model, torch.tensor([ids], device=model.device), cache, images=soft)
-    token = _draw(logits, sampling, generator)
+    token = _draw(prefill(model, tokens, cache, images=soft), sampling, generator)
     new = int(token)
     first = time.perf_counter()
-
-    reason: Literal["eos", "length", "interrupted"] = "length"
+    interrupted = False
     try:
-        while True:
-            if new < 0:
-                raise ValueError(f"no next token after {len(tokens)} new ones: the logits are NaN; try another dtype")
-            tokens.append(new)
-            if new in stop:
-                reason = "eos"
-                break
-            emit(decoder.push(new))
-            # The last token is not fed back, so it needs no room in the cache.
-            if len(tokens) == max_new_tokens or len(ids) + len(tokens) > capacity:
-                break
+        while transcript.add([new]):
             token = decode_one_token(model, token, cache, sampling, generator)
             new = int(token)
     except KeyboardInterrupt:
-        reason = "interrupted"
+        interrupted = True
     seconds = time.perf_counter() - first
-    emit(decoder.finish())
-    steps = max(0, len(tokens) - 1)
+    transcript.finish()
+    steps = max(0, len(transcript.tokens) - 1)
     read = steps * _weight_bytes(model) + sum(_cache_bytes(model, len(ids) + i) for i in range(1, steps + 1))
-    result = Generation("".join(pieces), tuple(tokens), len(ids), first - start, seconds, read, reason)
-    if reason == "interrupted":
+    result = transcript.generation(len(ids), first - start, seconds, read, interrupted)
+    if interrupted:
         raise Interrupted(result)
     return result
-
-
-def _with_images(
-    model: Gemma4,
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    chat: bool,
-    images: Sequence["ImageSource"],
-    encoder: "ImageEncoder | None",
-) -> tuple[list[int], SoftTokens | None]:
-    """The prompt's ids with room for its images, and what goes there. Raises ValueError if there are more images than
-    places or the other way round, and as the encoder does."""
-    ids = encode_prompt(tokenizer, prompt, chat, len(images))
-    if not images:
-        if tokenizer.image_id in ids:
-            raise ValueError("the prompt has an image token (<|image|>) but no image comes with it; give one (--image)")
-        return ids, None
-    if encoder is None:
-        raise ValueError("images need the vision tower of a multimodal checkpoint")
-    processed = encoder.processor(images)
-    ids = encoder.expand(ids, processed.num_soft_tokens)
-    tokens = torch.tensor([ids], device=model.device)
-    return ids, encoder.merge(tokens, encoder.encode(processed), model.dtype)
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool = True, images: int = 0) -> list[int]:
-    """Token ids of what `generate` accepts; text and messages begin with one BOS, a user's message with one image token
-    for each of `images`. Raises ValueError for an empty list, and what the tokenizer raises."""
-    if isinstance(prompt, str):
-        if not chat:
-            return tokenizer.encode(prompt)
-        content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}] if images else prompt
-        prompt = [{"role": "user", "content": content}]
-    if not prompt:
-        raise ValueError("the prompt is empty: it has neither messages nor tokens")
-    if isinstance(prompt[0], int):
-        return list(prompt)
-    return tokenizer.encode(tokenizer.apply_chat_template(prompt))
 
 
 def bytes_per_token(model: Gemma4, context: int) -> int:
@@ -259,20 +161,3 @@ def _cache_bytes(model: Gemma4, context: int) -> int:
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """logits [B, V] -> [B, 1]."""
     return sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)[:, None]
-
-
-def check_prompt(config: TextConfig, ids: Sequence[int], max_seq_len: int | None = None) -> int:
-    """The most tokens the context may hold. Raises ValueError if the prompt has more, or an unknown one."""
-    most, size = config.max_position_embeddings, config.vocab_size
-    limit = most if max_seq_len is None else max_seq_len
-    if len(ids) > limit:
-        fix = "shorten it" if limit >= most else f"shorten it or raise max_seq_len (the model allows {most})"
-        raise ValueError(f"the prompt has {len(ids)} tokens but the context holds {limit}; {fix}")
-    # The model checks too, but not on a GPU, where a wrong id ends the process's CUDA context.
-    if wrong := [i for i in ids if not 0 <= i < size]:
-        raise ValueError(f"token id {wrong[0]} is outside the model's vocabulary of {size}")
-    return limit
-
-
-def _rate(amount: float, seconds: float) -> float:
-    return amount / seconds if amount and seconds > 0 else 0.0

@@ -162,24 +162,14 @@ def tower_to_gguf(name: str) -> str:
     return f"v.blk.{index}.{_GGUF_TOWER_LAYER[leaf]}"
 
 
-def to_nnx(name: str) -> tuple[tuple[str | int, ...], bool]:
-    """Path of the parameter in `gemma4_impl.nnx`, and whether it holds the tensor with its last two dims exchanged:
-    Flax calls a linear map's weight `kernel` [in, out], a norm's `scale` and a table's `embedding`."""
-    *parents, leaf = name.split(".")
-    turned = parents[-1:] == ["experts"]
-    if leaf == "weight":
-        module = parents[-1]
-        leaf = "scale" if "norm" in module else "embedding" if module.startswith("embed_tokens") else "kernel"
-        turned = leaf == "kernel"
-    return tuple(int(part) if part.isdigit() else part for part in (*parents, leaf)), turned
+def to_nnx(name: str) -> tuple[str | int, ...]:
+    """Path of the parameter in `gemma4_impl.nnx`, whose modules are called as in the checkpoint."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
 def from_nnx(path: Sequence[str | int]) -> str:
     """Inverse of `to_nnx`."""
-    *parents, leaf = map(str, path)
-    if leaf in ("kernel", "embedding") or (leaf == "scale" and "norm" in parents[-1]):
-        leaf = "weight"
-    return ".".join([*parents, leaf])
+    return ".".join(map(str, path))
 
 
 def is_gguf_audio(name: str) -> bool:

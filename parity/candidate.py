@@ -79,32 +79,17 @@ class TorchCandidate:
 
         `images` stand at its image tokens and add the tower's taps [I, P, ...]. Chunks are extended, and the padded
         paths' shorter row is cut, so that an image whose tokens see each other both ways stays whole."""
-        rows = [list(tokens)]
-        if path.endswith("_padded"):
-            rows.append(rows[0][: max(1, 2 * len(tokens) // 3)])
-        expand = {
-            name: value if name.startswith(taps.VISION) else value.expand(len(rows), *value.shape[1:])
-            for name, value in (forced or {}).items()
-        }
-        routes = {name: value.expand(len(rows), *value.shape[1:]) for name, value in (routing or {}).items()}
-        recorder = Recorder(len(rows), len(tokens), glob, expand, routes)
+        image = None if images is None else (self.encoder.config.image_token_id, images)
+        rows, recorder = batch(tokens, path, glob, forced, routing, image)
         names = taps.tap_names(self.config)
         with taps.recording(recorder):
             features: list[Tensor] = []
             if images is not None:
                 names = taps.vision_tap_names(self.encoder.config) + names
                 features = self.encoder.encode(images)
-                rows[1:] = [self._without_a_part(row, images) for row in rows[1:]]
             self._run(rows, path, features)
         values = recorder.values
         return {name: values[name] for name in names if name in values}
-
-    def _without_a_part(self, row: list[int], images: ProcessedImages) -> list[int]:
-        """`row` less the image, with what is before it of the same block, that it holds only a part of."""
-        image = self.encoder.config.image_token_id
-        while row.count(image) not in (0, *accumulate(images.num_soft_tokens)):
-            row = row[:-1]
-        return row
 
     def _run(self, rows: list[list[int]], path: str, features: Sequence[Tensor] = ()) -> None:
         model, length = self.model, len(rows[0])
@@ -156,6 +141,33 @@ class Dense:
 
     def quantized(self, name: str) -> None:
         return None
+
+
+def batch(
+    tokens: Sequence[int],
+    path: str,
+    glob: str,
+    forced: Mapping[str, Tensor] | None,
+    routing: Mapping[str, Tensor] | None,
+    images: tuple[int, ProcessedImages] | None = None,
+) -> tuple[list[list[int]], Recorder]:
+    """The rows that a path runs, the sequence and for a padded path a prefix of it, and a recorder for them: `forced`
+    [1, L, ...] and `routing` [1, L, k] are every row's. `images` are the image token's id and what stands there; the
+    prefix holds no part of one."""
+    rows = [list(tokens)]
+    if path.endswith("_padded"):
+        rows.append(rows[0][: max(1, 2 * len(tokens) // 3)])
+    if images is not None:
+        marker, shown = images
+        for row in rows[1:]:
+            while row.count(marker) not in (0, *accumulate(shown.num_soft_tokens)):
+                row.pop()
+    every = {
+        name: value if name.startswith(taps.VISION) else value.expand(len(rows), *value.shape[1:])
+        for name, value in (forced or {}).items()
+    }
+    routes = {name: value.expand(len(rows), *value.shape[1:]) for name, value in (routing or {}).items()}
+    return rows, Recorder(len(rows), len(tokens), glob, every, routes)
 
 
 def _pad(rows: list[list[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:

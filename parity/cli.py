@@ -55,11 +55,11 @@ def tiny_command(variant: str, output: Path, multimodal: bool, hub_form: bool, s
 
 @cli.command("capture")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--impl", type=click.Choice(("torch", "hf")), default="torch")
+@click.option("--impl", type=click.Choice(("torch", "jax", "hf")), default="torch")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="float64 with hf is the truth.")
 @click.option("--weights", type=click.Choice(DTYPES), help="With float64: round weights to this first.  [float32]")
 @click.option("--attention", type=click.Choice(("eager", "sdpa")), default="eager", help="With hf.")
-@click.option("--path", "cache_path", type=click.Choice(PATHS), default="full", help="With torch: the cache path.")
+@click.option("--path", "cache_path", type=click.Choice(PATHS), default="full", help="Not with hf: the cache path.")
 @click.option("--stream", is_flag=True, help="With hf: leave the weights on disk, a layer in memory at a time.")
 @click.option("--routing", type=click.Path(path_type=Path), help="Tap file whose expert choices to follow.")
 @click.option("--taps", "glob", default="*", help="Only taps whose names match, such as 'layers.3.*'.")
@@ -131,9 +131,11 @@ def capture_command(
         )
         taps = reference.capture([sequence], glob=glob, routing=routes, images=shown)
     else:
-        from parity.candidate import TorchCandidate
-
-        candidate = TorchCandidate(checkpoint, compute, where, rounded)
+        if impl == "torch":
+            from parity.candidate import TorchCandidate as Candidate
+        else:
+            from parity.candidate_jax import JaxCandidate as Candidate
+        candidate = Candidate(checkpoint, compute, where, rounded)
         taps = candidate.capture(sequence, cache_path, glob=glob, routing=routes, images=shown)
     if not taps:
         known = ", ".join(tap_names(config)[:4])
@@ -207,12 +209,13 @@ def compare_command(candidate: Path, reference: Path, truth: Path | None) -> Non
 @click.option(
     "--candidate",
     "candidates",
-    metavar="torch|quantized:DIR|gguf:FILE",
+    metavar="torch|jax|quantized:DIR|gguf:FILE",
     multiple=True,
     help="Repeatable. DIR or FILE was made from the CHECKPOINT, which may be left out. Instead of DIR a recipe, such "
     "as quantized:default, makes one; without a CHECKPOINT, gguf:Q4_K_M makes a tiny FILE.  [default: torch; without "
     "a CHECKPOINT one of each]",
 )
+@click.option("--reference", type=click.Choice(("hf", "jax")), default="hf", help="jax: ours, for --candidate torch.")
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES[:2]), multiple=True, help="Repeatable.  [default: both]")
 @click.option("--path", "paths", type=click.Choice(PATHS), multiple=True, help="Repeatable.  [default: all]")
 @_device
@@ -221,10 +224,12 @@ def compare_command(candidate: Path, reference: Path, truth: Path | None) -> Non
 @_length
 @_images
 @click.option("--stream", is_flag=True, help="Leave the reference's weights on disk, a layer in memory at a time.")
+@click.option("--grad", is_flag=True, help="Check the gradient of a loss for every parameter, not the taps.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/parity"))
 def parity_command(
     checkpoints: tuple[Path, ...],
     candidates: tuple[str, ...],
+    reference: str,
     dtypes: tuple[str, ...],
     paths: tuple[str, ...],
     device: str | None,
@@ -233,12 +238,14 @@ def parity_command(
     length: int | None,
     images: tuple[Path, ...],
     stream: bool,
+    grad: bool,
     output: Path,
 ) -> None:
     """Prove the model in each of CHECKPOINTS, tap by tap; without any, tiny ones of every variant.
 
-    A quantized candidate's error is split in three: what quantizing costs, what our reading of the file adds, and what
-    packing adds; the last two are judged.
+    Our models, torch and jax, if both are candidates, and the reference are also shown beside each other. A quantized
+    candidate's error is split in three: what quantizing costs, what our reading of the file adds, and what packing
+    adds; the last two are judged.
     Exit code 0: everything is in budget; 1: something is not; 2: bad input. Writes report.html and report.json.
     """
     _need_transformers()
@@ -248,12 +255,18 @@ def parity_command(
 
     from gemma4_impl.config import TextConfig
     from parity import engine, quantized, report
+    from parity import grad as gradients
     from parity import images as with_images
-    from parity.targets import TORCH, Targets, targets
+    from parity.targets import Targets, default_paths, implementations, targets
 
-    if images and (stream or set(candidates) - {TORCH}):
-        raise ValueError("--image: not with --stream or a quantized candidate; only our own model, loaded whole, runs")
-    where = resolve_device(device)
+    if images and (stream or set(candidates) - set(engine.CANDIDATES)):
+        raise ValueError("--image: not with --stream or a quantized candidate; only our own models, loaded whole, run")
+    if reference == "jax" and (stream or set(candidates) - set(engine.CANDIDATES)):
+        raise ValueError("--reference jax: not with --stream or a quantized candidate; it runs plain checkpoints whole")
+    if grad and (stream or paths or reference == "jax" or set(candidates) - set(engine.CANDIDATES)):
+        raise ValueError("--grad: not with --stream, --path, --reference jax or a quantized candidate")
+    where, default = resolve_device(device), not (checkpoints or candidates or images) and reference == "hf"
+    ours, without_jax = implementations(candidates, reference, where, default or grad)
     for path in checkpoints:
         # What is wrong with the second checkpoint should not come to light after an hour on the first.
         _check_checkpoint(path, tokens, prompt, length, images)
@@ -262,36 +275,46 @@ def parity_command(
         if images:
             wanted, shown = Targets({}, []), with_images.labelled(named or with_images.tiny_checkpoints(Path(folder)))
         else:
-            wanted, shown = targets(candidates, named, Path(folder)), {}
+            wanted, shown = targets(ours if grad or reference == "jax" else candidates, named, Path(folder)), {}
         if not checkpoints:
             # On models this small two threads mostly wait for each other.
             torch.set_num_threads(1)
-        shown_paths = paths or PATHS
-        if not (checkpoints or candidates or images):
-            shown = with_images.labelled(with_images.tiny_checkpoints(Path(folder)))
-            shown_paths = [path for path in shown_paths if path in with_images.PATHS]
-        dtypes, paths = dtypes or DTYPES[:2], paths or PATHS
+        dtypes, through = dtypes or DTYPES[:2], dict.fromkeys(ours, paths or PATHS)
+        shown_through = through
+        if default:
+            through, shown_through = default_paths(ours, paths)
+            if shown_through:
+                shown = with_images.labelled(with_images.tiny_checkpoints(Path(folder)))
+        paths = paths or PATHS
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            steps = len(dtypes) * (len(wanted.plain) * (1 + len(paths)) + len(shown) * (1 + len(shown_paths)))
+            steps = engine.steps(len(wanted.plain), len(dtypes), through, reference, stream)
+            steps += engine.steps(len(shown), len(dtypes), shown_through, reference, stream)
             steps += len(wanted.quantized) * quantized.steps(dtypes, paths)
             task = progress.add_task("", total=steps + 1, completed=-1)
-            options = dtypes, paths, where, stream, lambda what: progress.update(task, advance=1, description=what)
+            options = where, stream, lambda what: progress.update(task, advance=1, description=what)
 
             def sequence_of(config: "TextConfig", path: Path) -> list[int]:
                 return _sequence(config, path, tokens, prompt, length)
 
-            result = engine.run(wanted.plain, sequence_of, *options)
-            result += engine.run(
-                shown, sequence_of, dtypes, shown_paths, *options[2:], images=images or with_images.drawn()
-            )
-            for target in wanted.quantized:
-                at = target.original or target.candidate.path
-                sequence = with_images.place(at, sequence_of(TextConfig.from_file(at), at), ())[0]
-                quantized.run(result, target, sequence, *options)
+            drawn = images or with_images.drawn()
+            if grad:
+                progress.update(task, total=1 + gradients.steps(len(wanted.plain) + len(shown), len(dtypes), ours))
+                to = ours, dtypes, where, options[-1]
+                result = gradients.run(wanted.plain, sequence_of, *to)
+                result += gradients.run(shown, sequence_of, *to, drawn)
+            else:
+                result = engine.run(wanted.plain, sequence_of, dtypes, through, *options, reference=reference)
+                result += engine.run(shown, sequence_of, dtypes, shown_through, *options, drawn, reference)
+                for target in wanted.quantized:
+                    at = target.original or target.candidate.path
+                    sequence = with_images.place(at, sequence_of(TextConfig.from_file(at), at), ())[0]
+                    quantized.run(result, target, sequence, dtypes, paths, *options)
     report.write(result, output, _meta(result, where))
     report.print_table(result, Console())
+    if without_jax:
+        click.echo(f"without JAX: {without_jax}")
     click.echo(f"{output / 'report.html'}")
     sys.exit(1 if result.failed else 0)
 

@@ -1,7 +1,7 @@
 """Runs a parity check end to end: truth, reference floors, candidate through every path, verdicts."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from parity.candidate import RAGGED, TorchCandidate
 from parity.compare import Comparison, Taps, compare, routing_of
 from parity.images import place
 from parity.metrics import Metrics, position_errors
+from parity.three_way import ThreeWay, compare_truths
 from reference.hf import HFReference
 from reference.weights import Source
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from parity.quantized import Split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ATTENTIONS = {"hf": ("eager", "sdpa"), "jax": ("xla",)}
+"""Reference -> its attention implementations."""
+REFERENCES = tuple(_ATTENTIONS)
+CANDIDATES = ("torch", "jax")
+"""The implementations of ours that run a checkpoint as it is."""
 _CHUNKS = {"chunked": RAGGED, "left_padded": RAGGED, "right_padded": RAGGED, "decode": (1,), "generate": (1,)}
 
 
@@ -56,16 +62,17 @@ class Baseline:
     """What `compare` remembers of the references."""
     draws: list[Taps] = field(default_factory=list)
     """tap -> [B, L] |r - t| of reference runs whose embedding, or that of the patches, was moved by a roundoff."""
-    open: Callable[[], HFReference] | None = None
+    open: Callable[[], Any] | None = None
     """Loads the reference once more."""
+    reference: str = "hf"
 
-    def draw(self, count: int, reference: HFReference | None = None) -> None:
+    def draw(self, count: int, reference: Any = None) -> None:
         """Runs the reference until there are `count` draws.
 
         Where a small vector is normed, one unlucky rounding decides the error of everything after it, and a handful of
         runs does not show how unlucky the reference itself can be. Stochastic arithmetic (Vignes 1993) does."""
         reference = reference or self.open()
-        reference.use("eager")
+        reference.use(_ATTENTIONS[self.reference][0])
         # One at a time: a forced embedding would take the place of what the moved patches become.
         starts = ["embed"] if self.images is None else ["vision.patch_embed", "embed"]
         while len(self.draws) < count:
@@ -91,35 +98,61 @@ def baseline(
     paths: Sequence[str] = PATHS,
     weights: Source | None = None,
     images: ProcessedImages | None = None,
+    reference: str = "hf",
 ) -> Baseline:
     """Runs the reference: in float64 for the truth, then in `dtype`, free and with the truth forced into every tap.
 
-    Its variants in `dtype` are transformers' eager and sdpa attention, and eager through its own cache in the chunks
-    that `paths` feed, because a product of few rows is rounded differently (not with `stream`, which would read the
-    weights for each chunk). One copy of the model is held at a time; the float64 one is the largest (8 bytes a
-    parameter). With `stream` it is one layer, or the output head, of it. `weights` are used in place of the
-    checkpoint's own. `images` stand at the image tokens; they take a checkpoint's own weights, without `stream`."""
+    Its variants in `dtype` are transformers' eager and sdpa attention (our JAX model has one), and the first of them
+    through its own cache in the chunks that `paths` feed, because a product of few rows is rounded differently (not
+    with `stream`, which would read the weights for each chunk). One copy of the model is held at a time; the float64
+    one is the largest (8 bytes a parameter). With `stream` it is one layer, or the output head, of it. `weights` are
+    used in place of the checkpoint's own. `images` stand at the image tokens; they take a checkpoint's own weights,
+    without `stream`.
+    Raises ValueError for `stream` or `weights` with the reference `jax`, which has neither."""
     # Metal has no float64.
     where = "cpu" if torch.device(device).type == "mps" else device
-    reference = HFReference(checkpoint, dtype, truth=True, device=where, stream=stream, weights=weights)
-    config = reference.config
-    truth = reference.capture([tokens], images=images)
-    forced = {name: value for name, value in truth.items() if reference.forceable(name)}
+    own: dict[str, Any] = {"stream": stream, "weights": weights} if reference == "hf" else {}
+    if reference == "jax" and (stream or weights is not None):
+        raise ValueError("--reference jax: runs the weights of a plain checkpoint, held in memory whole")
+    model = open_reference(reference, checkpoint, dtype, truth=True, device=where, **own)
+    config = model.config
+    truth = model.capture([tokens], images=images)
+    forced = {name: value for name, value in truth.items() if model.forceable(name)}
     routing = routing_of(truth, config.top_k_experts)
-    del reference
+    del model
     gc.collect()
-    reference = HFReference(checkpoint, dtype, device=device, stream=stream, weights=weights)
+    model = open_reference(reference, checkpoint, dtype, device=device, **own)
     free, local = [], []
+    first = _ATTENTIONS[reference][0]
     cached = [] if stream else dict.fromkeys(_CHUNKS[path] for path in paths if path in _CHUNKS)
-    for attention, chunks in [("eager", ()), ("sdpa", ()), *(("eager", chunks) for chunks in cached)]:
-        reference.use(attention)
+    runs = [(attention, ()) for attention in _ATTENTIONS[reference]] + [(first, chunks) for chunks in cached]
+    for attention, chunks in runs:
+        model.use(attention)
         run = {"routing": routing, "chunks": chunks, "images": images}
-        free.append(reference.capture([tokens], **run))
-        local.append(reference.capture([tokens], forced=forced, **run))
-    base = Baseline(dtype, config, list(tokens), truth, free, local, forced, routing, images)
-    base.open = lambda: HFReference(checkpoint, dtype, device=device, stream=stream, weights=weights)
-    base.draw(_DRAWS[0], reference)
+        free.append(model.capture([tokens], **run))
+        local.append(model.capture([tokens], forced=forced, **run))
+    base = Baseline(dtype, config, list(tokens), truth, free, local, forced, routing, images, reference=reference)
+    base.open = lambda: open_reference(reference, checkpoint, dtype, device=device, **own)
+    base.draw(_DRAWS[0], model)
     return base
+
+
+def open_reference(reference: str, checkpoint: str | Path, dtype: torch.dtype, **options: Any) -> Any:
+    """An `HFReference`, or a `JaxReference`, which has the same interface."""
+    if reference == "hf":
+        return HFReference(checkpoint, dtype, **options)
+    from reference.jax import JaxReference
+
+    return JaxReference(checkpoint, dtype, **options)
+
+
+def open_candidate(candidate: str, checkpoint: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A `TorchCandidate`, or a `JaxCandidate`, which has the same interface."""
+    if candidate == "torch":
+        return TorchCandidate(checkpoint, dtype, device)
+    from parity.candidate_jax import JaxCandidate
+
+    return JaxCandidate(checkpoint, dtype, device)
 
 
 def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
@@ -168,15 +201,21 @@ class Report:
     """Of each quantized candidate. Its cases are among `cases`."""
     images: dict[str, ProcessedImages] = field(default_factory=dict)
     """checkpoint label -> what its vision tower was given."""
+    three_way: list[ThreeWay] = field(default_factory=list)
+    """Of each checkpoint and dtype that both our models were held against transformers in."""
 
     def __add__(self, other: "Report") -> "Report":
         return Report(
-            self.cases + other.cases, self.inputs | other.inputs, self.splits + other.splits, self.images | other.images
+            self.cases + other.cases,
+            self.inputs | other.inputs,
+            self.splits + other.splits,
+            self.images | other.images,
+            self.three_way + other.three_way,
         )
 
     @property
     def failed(self) -> bool:
-        return bool(self.red) or any(split.red for split in self.splits)
+        return bool(self.red) or any(part.red for part in (*self.splits, *self.three_way))
 
     @property
     def red(self) -> list[Case]:
@@ -191,15 +230,18 @@ def run(
     checkpoints: dict[str, Path],
     tokens: Callable[[TextConfig, Path], list[int]],
     dtypes: Sequence[str] = tuple(DTYPES),
-    paths: Sequence[str] = PATHS,
+    paths: Sequence[str] | Mapping[str, Sequence[str]] = PATHS,
     device: torch.device | str = "cpu",
     stream: bool = False,
     advance: Callable[[str], None] = lambda what: None,
     images: Sequence[ImageSource] = (),
+    reference: str = "hf",
 ) -> Report:
-    """Every checkpoint (label -> folder) in every dtype through every path, with `images` put into the tokens.
-    `advance` is told what comes next. Raises as `images.place` does."""
+    """Every checkpoint (label -> folder) in every dtype through every one of `paths`, our PyTorch model's or, by name,
+    those of each of CANDIDATES, with `images` put into the tokens. `advance` is told what comes next, as often as
+    `steps` says. Raises as `images.place` and `baseline` do."""
     report = Report()
+    taken = paths if isinstance(paths, Mapping) else {CANDIDATES[0]: paths}
     for label, path in checkpoints.items():
         config = TextConfig.from_file(path)
         sequence, shown = place(path, tokens(config, path), images)
@@ -208,11 +250,49 @@ def run(
         report.inputs[label] = {"fingerprint": Checkpoint(path).fingerprint(), "tokens": sequence}
         for name in dtypes:
             advance(f"{label} {name} reference")
-            base = baseline(path, sequence, DTYPES[name], device, stream, paths, images=shown)
-            candidate = TorchCandidate(path, DTYPES[name], device)
-            for cache_path in paths:
-                advance(f"{label} {name} {cache_path}")
-                report.cases.append(Case(label, name, cache_path, judge(candidate, base, cache_path)))
-            del candidate
-            gc.collect()
+            every = dict.fromkeys(path for found in taken.values() for path in found)
+            base = baseline(
+                path, sequence, DTYPES[name], device, stream, tuple(every), images=shown, reference=reference
+            )
+            cases = []
+            for which, own_paths in taken.items():
+                candidate = open_candidate(which, path, DTYPES[name], device)
+                for cache_path in own_paths:
+                    advance(f"{label} {name} {which} {cache_path}")
+                    comparison = judge(candidate, base, cache_path)
+                    cases.append(Case(label, name, cache_path, comparison, which, reference))
+                del candidate
+                gc.collect()
+            if _three(taken, reference, stream):
+                advance(f"{label} {name} the truths")
+                report.three_way.append(_three_way(label, name, path, base, cases, device))
+            report.cases += cases
     return report
+
+
+def steps(
+    checkpoints: int, dtypes: int, paths: Mapping[str, Sequence[str]], reference: str, stream: bool = False
+) -> int:
+    """How often `run` tells `advance` what comes next."""
+    return checkpoints * dtypes * (1 + sum(map(len, paths.values())) + _three(paths, reference, stream))
+
+
+def _three(candidates: Collection[str], reference: str, stream: bool) -> bool:
+    """Whether `run` makes a `ThreeWay`; JAX's truth takes a model that is held whole."""
+    return reference == "hf" and set(candidates) == set(CANDIDATES) and not stream
+
+
+def _three_way(
+    label: str, dtype: str, checkpoint: Path, base: Baseline, cases: Sequence[Case], device: torch.device | str
+) -> ThreeWay:
+    where = "cpu" if torch.device(device).type == "mps" else device
+    truth = open_reference("jax", checkpoint, base.dtype, truth=True, device=where)
+    taps = truth.capture([base.tokens], images=base.images)
+    found: dict[str, list[Comparison]] = {}
+    for case in cases:
+        found.setdefault(case.candidate, []).append(case.comparison)
+    # The reference has no budget but its own: its first run is held against the others.
+    options = {"local": base.local_references[0], "local_references": base.local_references[1:], "draws": base.draws}
+    top_k = base.config.top_k_experts
+    found["hf"] = [compare(base.references[0], base.truth, base.references[1:], base.dtype, top_k=top_k, **options)]
+    return compare_truths(label, dtype, found, base.truth, taps)

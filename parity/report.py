@@ -20,6 +20,7 @@ from parity.compare import Comparison, Divergence, TapResult
 from parity.engine import DTYPES, Case, Report
 from parity.formats import cosine, count, plain, ratio, sci, simple_table, write_line
 from parity.report_quantized import print_splits, section, split_json, split_name, tensor_reasons
+from parity.report_three_way import print_three_way, three_way_json, three_way_reasons, three_way_section
 
 FORMAT = "gemma4-parity-1"
 
@@ -32,10 +33,11 @@ _LISTED_TAPS = 10
 def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
     """The report as strict JSON: `json.dumps(..., allow_nan=False)` accepts it.
 
-    `summary` has the verdict and the worst case, `cases` every comparison, tap by tap, and `quantized` an entry for
-    each quantized candidate (`report_quantized.split_json`). Infinities and NaN are the strings "inf", "-inf" and
-    "nan", which `float` reads back; null means that there is nothing (no local run, no first divergence). `k`,
-    `floors` and, if `meta` has none, `created` are added to it."""
+    `summary` has the verdict and the worst case, `cases` every comparison, tap by tap, `quantized` an entry for each
+    quantized candidate (`report_quantized.split_json`), and `three_way` one for each checkpoint and dtype in which both
+    our models were held against transformers (`report_three_way.three_way_json`). Infinities and NaN are the strings
+    "inf", "-inf" and "nan", which `float` reads back; null means that there is nothing (no local run, no first
+    divergence). `k`, `floors` and, if `meta` has none, `created` are added to it."""
     worst = report.worst
     tap = worst.comparison.worst if worst else None
     top1 = [c.comparison.logits.top1 for c in report.cases if c.dtype == "float32" and c.comparison.logits]
@@ -57,6 +59,7 @@ def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
                     "checkpoint": worst.checkpoint,
                     "dtype": worst.dtype,
                     "path": worst.path,
+                    "candidate": worst.candidate,
                     "tap": tap.name if tap else None,
                     "check": _decisive(tap) if tap else None,
                 }
@@ -66,6 +69,7 @@ def to_json(report: Report, meta: Mapping[str, Any]) -> dict[str, Any]:
             },
             "cases": [_case(case) for case in report.cases],
             "quantized": [split_json(split) for split in report.splits],
+            "three_way": [three_way_json(entry) for entry in report.three_way],
         }
     )
 
@@ -118,6 +122,8 @@ def to_html(report: Report, data: Mapping[str, Any]) -> str:
         images=_image_figures(report, groups),
         red=_red(report),
         quantized=[section(split) for split in report.splits],
+        three_way=three_way_section(report.three_way),
+        wrong_tensors=any(split.wrong for split in report.splits),
         level=_level,
         short=_short,
         decisive=lambda tap: max(tap["checks"], key=lambda name: float(tap["checks"][name]["ratio"])),
@@ -142,12 +148,16 @@ def print_table(report: Report, console: Console) -> None:
         console.print(table)
     if report.splits:
         print_splits(report.splits, console)
+    if report.three_way:
+        print_three_way(report.three_way, console)
     for name, why in _red(report):
         for reason in why:
             write_line(console, f"{name}: {reason}", "red")
     text = f"{len(report.cases)} cases" + (f", {len(report.red)} of them red (!)" if report.red else "")
     if wrong := sum(len(split.wrong) for split in report.splits):
         text += f", {wrong} tensors wrong (!)"
+    if apart := sum(entry.red for entry in report.three_way):
+        text += f", {apart} truths apart (!)"
     if report.worst:
         text += f"; budget {budget.K:g}, worst ratio {_worst_of(report.cases)}"
     verdict = "green" if report.cases and not report.failed else "red"
@@ -211,9 +221,10 @@ def reasons(comparison: Comparison) -> list[str]:
 
 
 def _red(report: Report) -> list[tuple[str, list[str]]]:
-    """What is red, and why: quantized tensors first, because wrong ones explain what follows."""
+    """What is red, and why: quantized tensors and truths first, because wrong ones explain what follows."""
     tensors = [(split_name(split), tensor_reasons(split)) for split in report.splits if split.wrong]
-    return tensors + [(_name(case), reasons(case.comparison)) for case in report.red]
+    truths = [(entry.name, three_way_reasons(entry)) for entry in report.three_way if entry.red]
+    return tensors + truths + [(_name(case), reasons(case.comparison)) for case in report.red]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
     import importlib.metadata
 
     out = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "safetensors", "numpy"):
+    for package in ("torch", "transformers", "jax", "flax", "safetensors", "numpy"):
         try:
             out[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What a parity run is to check: checkpoints with our model, and quantized candidates made from them."""
+"""What a parity run is to check: checkpoints with our models, and quantized candidates made from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ import torch
 
 from gemma4_impl.checkpoint import check_fits, is_quantized
 from gemma4_impl.config import VARIANTS
+from gemma4_impl.errors import one_line
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.recipe import RECIPES, load_recipe
+from parity import PATHS
+from parity import images as with_images
+from parity.engine import CANDIDATES
 from parity.quantized import KINDS, Quantized, Target, check_same_architecture
 from reference.tiny import TINY, aligned, make_tiny
 
-TORCH = "torch"
 _DEMONSTRATED = (("E2B", "quantized:default", "torchao"), ("26B-A4B", "gguf:Q4_K_M", "gguf"))
 """What is checked beside our model on the tiny checkpoints if nothing is asked for, where the package is installed."""
 
@@ -22,20 +25,22 @@ _DEMONSTRATED = (("E2B", "quantized:default", "torchao"), ("26B-A4B", "gguf:Q4_K
 @dataclass(frozen=True)
 class Targets:
     plain: dict[str, Path]
-    """Label -> folder of the checkpoints that our model is checked on as they are."""
+    """Label -> folder of the checkpoints that our models are checked on as they are."""
     quantized: list[Target]
 
 
 def targets(candidates: Sequence[str], checkpoints: Mapping[str, Path], folder: Path) -> Targets:
-    """`candidates` are `torch`, `quantized:DIR`, `quantized:RECIPE`, `gguf:FILE` and `gguf:TYPE`; what is only named by
-    a recipe or type is made in `folder`, of `checkpoints` (label -> folder) or, if there are none, of tiny ones.
+    """`candidates` are `torch`, `jax`, `quantized:DIR`, `quantized:RECIPE`, `gguf:FILE` and `gguf:TYPE`; what is only
+    named by a recipe or type is made in `folder`, of `checkpoints` (label -> folder) or, if there are none, of tiny
+    ones.
 
     Raises ValueError for one that is unknown or fits no checkpoint, and what opening the files raises."""
-    parsed = [_parse(value) for value in candidates if value != TORCH]
-    plain = dict(checkpoints) if TORCH in candidates or not candidates else {}
+    parsed = [_parse(value) for value in candidates if value not in CANDIDATES]
+    ours = not candidates or len(parsed) < len(candidates)
+    plain = dict(checkpoints) if ours else {}
     found = []
     if not checkpoints:
-        if TORCH in candidates or not candidates:
+        if ours:
             plain = {f"tiny {v}": make_tiny(v, folder / v) for v in VARIANTS}
         shown = [] if candidates else [(v, value) for v, value, package in _DEMONSTRATED if find_spec(package)]
         wanted = [(v, *_parse(value)) for v, value in shown]
@@ -51,6 +56,44 @@ def targets(candidates: Sequence[str], checkpoints: Mapping[str, Path], folder: 
     return Targets(plain, found)
 
 
+def implementations(
+    candidates: Sequence[str], reference: str, device: torch.device, everything: bool
+) -> tuple[tuple[str, ...], str | None]:
+    """Those of our models that `candidates` name, by default PyTorch's, or with `everything` all that can run; and why
+    JAX's is left out.
+
+    Raises ValueError if a model that is asked for, or the reference, cannot run on `device`, or they are the same."""
+    wanted = tuple(name for name in CANDIDATES if name in candidates)
+    if not wanted and not candidates:
+        wanted = CANDIDATES if everything and reference == "hf" else CANDIDATES[:1]
+    if reference in wanted:
+        raise ValueError(f"--candidate {reference} --reference {reference}: a model proves nothing against itself")
+    if "jax" not in (*wanted, reference):
+        return wanted, None
+    try:
+        from gemma4_impl.nnx.command import find_devices
+
+        find_devices(str(device))
+    except (ImportError, ValueError) as error:
+        if "jax" in (*candidates, reference):
+            raise ValueError(one_line(error)) from None
+        return tuple(name for name in wanted if name != "jax"), one_line(error)
+    return wanted, None
+
+
+def default_paths(
+    implementations: Sequence[str], paths: Sequence[str]
+) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
+    """The cache paths of each of our models if no candidate is asked for, without and with images; of `paths` if some
+    are. JAX compiles for each of them, so that it goes through fewer."""
+    text = {"torch": PATHS, "jax": ("full", "chunked", "generate")}
+    shown = {"torch": with_images.PATHS, "jax": ("full", "generate")}
+    if paths:
+        text = dict.fromkeys(text, paths)
+        shown = {name: [path for path in own if path in paths] for name, own in shown.items()}
+    return tuple({name: own[name] for name in implementations if own[name]} for own in (text, shown))
+
+
 def check(target: Target) -> None:
     """Raises what is wrong with the candidate and can be known before anything runs."""
     weights = target.candidate.weights()
@@ -64,7 +107,7 @@ def check(target: Target) -> None:
 def _parse(value: str) -> tuple[str, str]:
     kind, _, name = value.partition(":")
     if kind not in KINDS or not name:
-        raise ValueError(f"--candidate {value!r}: expected torch, quantized:DIR or gguf:FILE")
+        raise ValueError(f"--candidate {value!r}: expected torch, jax, quantized:DIR or gguf:FILE")
     return kind, name
 
 

@@ -139,7 +139,8 @@ class HFReference:
         found = self._get_image_features(pixels, images.positions.to(self.device), return_dict=True)
         return torch.cat(list(found.pooler_output))
 
-    def _forward(self, tokens: Tensor, chunks: Sequence[int], soft: Tensor | None = None) -> None:
+    def _forward(self, tokens: Tensor, chunks: Sequence[int], soft: Tensor | None = None) -> Tensor:
+        """The logits of the last chunk."""
         cache = DynamicCache(config=self.model.config) if chunks else None
         places = None if soft is None else tokens == self.vision.image_token_id
         for part in cut.chunks(tokens.shape[1], chunks or [tokens.shape[1]], places):
@@ -153,7 +154,8 @@ class HFReference:
                 logits_to_keep=0,
                 **({} if places is None else self._image_arguments(places, part, soft)),
             )
-            taps.tap("", "logits", output.logits)
+            logits = taps.tap("", "logits", output.logits)
+        return logits
 
     def _image_arguments(self, places: Tensor, part: slice, soft: Tensor) -> dict[str, Any]:
         """What the model is to be told of the images in this part of a sequence, which were encoded before."""

@@ -1,50 +1,31 @@
 """Loading never holds more than the model and its largest tensor."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from configs import HUB, hub, save
+from measured_memory import MEASURABLE, run
 
 from gemma4_impl.config import TextConfig
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.names import to_hf
 
 MEASURE = """
-import sys, threading, time, torch
+import sys, torch
 from gemma4_impl.model.decoder import Gemma4
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key + ":")) / 1024
+from measured_memory import watched
 
 torch.set_num_threads(1)
-sys.setswitchinterval(1e-4)
 Gemma4.from_pretrained(sys.argv[1])  # what torch itself imports and allocates on first use is not the loader's
 for dtype in (None, torch.float32):
-    done, peak, start = threading.Event(), 0.0, status("RssAnon")
-
-    def watch():
-        global peak
-        while not done.wait(0.0005):
-            peak = max(peak, status("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = Gemma4.from_pretrained(sys.argv[1], dtype)
-    peak = max(peak, status("RssAnon"))
-    done.set()
-    watcher.join()
+    with watched() as memory:
+        model = Gemma4.from_pretrained(sys.argv[1], dtype)
     size = sum(t.nbytes for t in model.parameters()) / 2**20
-    print(f"{size:.1f} {max(t.nbytes for t in model.parameters()) / 2**20:.1f} {peak - start:.1f}")
+    print(f"{size:.1f} {max(t.nbytes for t in model.parameters()) / 2**20:.1f} {memory.peak:.1f}")
     del model
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not MEASURABLE, reason="needs Linux's /proc")
 def test_peak_memory(tmp_path):
     """RssAnon, the memory that a process owns, sampled every half millisecond while a 160 MB bfloat16 file is loaded.
 
@@ -59,11 +40,7 @@ def test_peak_memory(tmp_path):
     tensors = {to_hf(name): torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     folder = save(tmp_path / "m", tensors, **changes)
     del tensors
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", MEASURE, str(folder)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    mapped, copied = (tuple(map(float, line.split())) for line in done.stdout.splitlines())
+    mapped, copied = (tuple(map(float, line.split())) for line in run(MEASURE, str(folder)).splitlines())
     size, largest, peak = copied
     assert size > 300
     assert mapped[2] <= 16, mapped

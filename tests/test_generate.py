@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gemma4_impl import generate as verbs
-from gemma4_impl.generate import Interrupted, bytes_per_token, decode_one_token, encode_prompt, generate, prefill
+from gemma4_impl.generate import Interrupted, bytes_per_token, decode_one_token, generate, prefill
+from gemma4_impl.generation import Sampling, encode_prompt
 from gemma4_impl.model.decoder import Gemma4
-from gemma4_impl.model.sampler import Sampling
 from gemma4_impl.tokenizer import Tokenizer
 
 VARIANTS = ("E2B", "E4B", "26B-A4B", "31B")

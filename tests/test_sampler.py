@@ -9,7 +9,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gemma4_impl.model.sampler import Sampling, sample
+from gemma4_impl.generation import Sampling
+from gemma4_impl.model.sampler import sample
 
 LOGITS = [2.0, 1.5, 1.5, 0.3, 0.0, -1.0, -2.5, -math.inf]
 DRAWS = 40_000

@@ -44,8 +44,8 @@ IMAGE_TOKENS = {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_
 
 
 class Mmproj:
-    """The vision tensors of an `mmproj` file as `gemma4_impl.vision.images.load_tower` takes them: canonical names, in
-    the shapes of a checkpoint. An audio tower in the file is left alone.
+    """The vision tensors of an `mmproj` file as `gemma4_impl.vision.tower.TowerWeights`: canonical names, in the shapes
+    of a checkpoint. An audio tower in the file is left alone.
 
     Nothing is read until asked for, and then one tensor: the file stays mapped, and a tensor that is not quantized may
     be a view of it.

@@ -1,35 +1,11 @@
 """Drawing the next token from logits, on their device and without waiting for it."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample. Temperature 0 is greedy; None turns a filter off; seed None draws a new seed every time.
-    Raises ValueError naming the field."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _check(self.temperature, self.top_k, self.top_p)
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**64):
-            raise ValueError(f"seed = {self.seed!r}: must be an integer from 0 to 2**64 - 1")
-
-    def generator(self, device: torch.device | str) -> torch.Generator:
-        """A generator on `device` that starts at the seed."""
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+from gemma4_impl.generation import check_sampling
 
 
 def sample(
@@ -48,7 +24,7 @@ def sample(
     - A row with a NaN, or with -inf only, has no distribution: its id is -1.
 
     Raises ValueError for a parameter out of its range."""
-    _check(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p)
     logits = logits.float()
     scores = logits
     if temperature > 0:
@@ -75,20 +51,3 @@ def _allowed(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     above_BV, equal_BV = logits > threshold_B1, logits == threshold_B1
     room_B1 = n_B1 - above_BV.sum(dim=-1, keepdim=True)
     return above_BV | (equal_BV & (equal_BV.cumsum(dim=-1) <= room_B1))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(temperature: object, top_k: object, top_p: object) -> None:
-    if not _is_number(temperature) or temperature < 0:
-        raise ValueError(f"temperature = {temperature!r}: must be a number >= 0 (0 is greedy)")
-    if top_k is not None and not (_is_int(top_k) and top_k >= 1):
-        raise ValueError(f"top_k = {top_k!r}: must be an integer >= 1 (None turns it off)")
-    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p = {top_p!r}: must be in (0, 1] (1 turns it off)")

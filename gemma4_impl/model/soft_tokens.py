@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gemma4_impl.vision import blocks
+
 
 @dataclass(frozen=True)
 class SoftTokens:
@@ -25,11 +27,7 @@ class SoftTokens:
     @property
     def longest(self) -> int:
         """The most tokens that a chunk must be able to hold."""
-        if not self.bidirectional:
-            return 1
-        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
-        before = torch.where(self.mask, -1, columns).cummax(dim=1).values
-        return max(1, int((columns - before).max()))
+        return blocks.longest(self.mask.cpu().numpy()) if self.bidirectional else 1
 
     def ends(self, positions: Tensor) -> Tensor:
         """positions [B, T] -> [B, T], the last position that each token may look at: its own, and inside a block of
@@ -45,19 +43,8 @@ class SoftTokens:
         """The sequence in parts of at most `size` tokens that cut no block of any row in two, if it matters.
 
         Raises ValueError for a block that is longer than `size`."""
-        T = self.mask.shape[1]
-        inside = self.mask[:, 1:] & self.mask[:, :-1]
-        cuts = {0, T} | {i + 1 for i in (~inside.any(dim=0)).nonzero()[:, 0].tolist()}
-        parts, start = [], 0
-        while start < T:
-            stop = min(start + size, T)
-            while self.bidirectional and stop > start and stop not in cuts:
-                stop -= 1
-            if stop == start:
-                raise ValueError(f"an image takes up more than max_chunk = {size} tokens; raise it (max_chunk)")
-            parts.append(slice(start, stop))
-            start = stop
-        return parts
+        whole = self.mask if self.bidirectional else torch.zeros_like(self.mask)
+        return blocks.cut(whole.cpu().numpy(), size)
 
 
 def merge(

@@ -6,8 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma4_impl.config import FULL, SLIDING, TextConfig
+from gemma4_impl.nnx.sharding import FSDP, TP, constrain, partition
+
+_ROWS, _HEADS = (FSDP, None), (FSDP, None, TP, None)
+"""How [B, C] and [B, C, K, H] are spread: by rows, and by heads where there are enough for every device."""
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +46,11 @@ class KVCache:
     def reserve(self, positions: Array) -> tuple["KVCache", dict[str, Array]]:
         """Takes slots for tokens at `positions` [B, T], -1 being padding: the cache that knows of them, and layer type
         -> [B, T] their slots, past the end for padding so that writing there does nothing."""
-        rows = jnp.arange(self.batch_size)[:, None]
         stored, slots = {}, {}
         for kind, held in self.positions.items():
             capacity = held.shape[1]
             slots[kind] = jnp.where(positions < 0, capacity, positions % capacity)
-            stored[kind] = held.at[rows, slots[kind]].set(positions, mode="drop")
+            stored[kind] = constrain(_put(held, slots[kind], positions), *_ROWS)
         lengths = jnp.maximum(self.lengths, positions.max(axis=1) + 1)
         return replace(self, lengths=lengths, positions=stored), slots
 
@@ -54,7 +58,8 @@ class KVCache:
 def make_cache(
     config: TextConfig, batch_size: int = 1, max_seq_len: int = 4096, max_chunk: int = 512, dtype: Any = jnp.float32
 ) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `max_seq_len` tokens, fed at most `max_chunk` at a time.
+    """An empty cache for `batch_size` rows of up to `max_seq_len` tokens, fed at most `max_chunk` at a time, over the
+    mesh of `jax.set_mesh` as `cache_sharding` has it.
     Raises ValueError for a size that is not positive or that exceeds the model's context."""
     for name, value in {"batch_size": batch_size, "max_seq_len": max_seq_len, "max_chunk": max_chunk}.items():
         if value < 1:
@@ -67,17 +72,43 @@ def make_cache(
     layers = {}
     for layer in config.layers[: config.first_kv_shared_layer]:
         shape = (batch_size, capacity[layer.layer_type], layer.num_key_value_heads, layer.head_dim)
-        layers[layer.index] = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        layers[layer.index] = tuple(_filled(shape, 0, jnp.dtype(dtype), _HEADS) for _ in range(2))
     return KVCache(
-        lengths=jnp.zeros(batch_size, jnp.int32),
-        positions={kind: jnp.full((batch_size, capacity[kind]), -1, jnp.int32) for kind in set(config.layer_types)},
+        lengths=_filled((batch_size,), 0, jnp.dtype(jnp.int32), _ROWS[:1]),
+        positions={
+            kind: _filled((batch_size, capacity[kind]), -1, jnp.dtype(jnp.int32), _ROWS)
+            for kind in set(config.layer_types)
+        },
         layers=layers,
     )
 
 
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def _filled(shape: tuple[int, ...], value: int, dtype: Any, axes: tuple[str | None, ...]) -> Array:
+    return constrain(jnp.full(shape, value, dtype), *axes)
+
+
+def cache_sharding(cache: KVCache, mesh: Mesh) -> KVCache:
+    """The sharding over `mesh` of every array of a cache, which may be abstract: rows over `fsdp` and heads over `tp`
+    where these divide their number; elsewhere whole on every device."""
+
+    def sharding(x: Array) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*partition(x.shape, _HEADS if x.ndim == 4 else _ROWS[: x.ndim])))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.tree.map(sharding, cache)
+
+
 def write(held: tuple[Array, Array], slots: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """Keys and values [B, C, K, H] with k, v [B, T, K, H] put into slots [B, T]."""
-    rows = jnp.arange(slots.shape[0])[:, None]
     return tuple(
-        old.at[rows, slots].set(new.astype(old.dtype), mode="drop") for old, new in zip(held, (k, v), strict=True)
+        # The new ones are whole before they are written: else they are cut like the queries and gathered again.
+        constrain(_put(old, slots, constrain(new.astype(old.dtype), *_HEADS)), *_HEADS)
+        for old, new in zip(held, (k, v), strict=True)
     )
+
+
+@jax.vmap
+def _put(held: Array, slots: Array, new: Array) -> Array:
+    """held [B, C, ...] with new [B, T, ...] in slots [B, T]; row by row, so that no device needs another's rows."""
+    return held.at[slots].set(new, mode="drop")

@@ -1,7 +1,9 @@
 """The Gemma 4 text decoder in Flax NNX, all variants; read it top to bottom: model, layer, attention, MLP, mask."""
 
+import operator
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,10 +13,10 @@ from gemma4_impl import taps
 from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
 from gemma4_impl.nnx import elementary
 from gemma4_impl.nnx.cache import KVCache, write
-from gemma4_impl.nnx.layers import Make, RMSNorm, at_least_float32, attend, gated, gelu, linear, param
+from gemma4_impl.nnx.layers import Linear, Make, RMSNorm, at_least_float32, attend, gated, gelu, param, scaled
 from gemma4_impl.nnx.moe import Experts, Router
 from gemma4_impl.nnx.rope import apply_rotary, inverse_frequencies, rotary_angles
-from gemma4_impl.nnx.sharding import FSDP, TP
+from gemma4_impl.nnx.sharding import FSDP, TP, constrain, spread_rows
 
 if TYPE_CHECKING:
     from gemma4_impl.nnx.soft_tokens import SoftTokens
@@ -24,8 +26,7 @@ KV = tuple[Array, Array]
 
 
 class Gemma4(nnx.Module):
-    """Gemma 4's text model. Parameters carry the checkpoint's names but for Flax's `kernel` [in, out], `scale` and
-    `embedding` (`gemma4_impl.names.nnx_path`).
+    """Gemma 4's text model. Parameters carry the checkpoint's names and shapes (`layers.0.self_attn.q_proj.weight`).
 
     Args:
         dtype: computed in. The embedding's scale is rounded to it, as the model was trained.
@@ -49,12 +50,12 @@ class Gemma4(nnx.Module):
         if ple:
             packed = config.num_hidden_layers * ple
             self.embed_tokens_per_layer = ScaledEmbedding(make, config.vocab_size_per_layer_input, packed, ple)
-            self.per_layer_model_projection = linear(make, D, packed, (FSDP, TP))
+            self.per_layer_model_projection = Linear(make, D, packed, (TP, FSDP))
             self.per_layer_projection_norm = RMSNorm(make, ple, config.rms_norm_eps)
         self.layers = nnx.List([DecoderLayer(make, config, layer) for layer in config.layers])
         self.norm = RMSNorm(make, D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = linear(make, D, config.vocab_size, (FSDP, TP))
+            self.lm_head = Linear(make, D, config.vocab_size, (TP, FSDP))
 
     def __call__(
         self,
@@ -87,7 +88,7 @@ class Gemma4(nnx.Module):
         x = self.embed_tokens(tokens)
         if images is not None:
             x = jnp.where(images.mask[..., None], images.embeds.astype(x.dtype), x)
-        x = taps.tap("", "embed", x)
+        x = taps.tap("", "embed", spread_rows(x))
         ple = self.per_layer_inputs(tokens, x)
 
         # 2. What each layer type attends to
@@ -101,18 +102,20 @@ class Gemma4(nnx.Module):
 
         # 3. Layers
         kv: dict[int, KV] = {}
-        run = nnx.remat(DecoderLayer.__call__) if self.remat else DecoderLayer.__call__
+        run = nnx.remat(operator.call) if self.remat else operator.call
         for layer in self.layers:
             index, kind = layer.config.index, layer.config.layer_type
             if index == config.first_kv_shared_layer and logits != "all":
                 if logits == "none":
                     break
-                # The cache is complete: only the last position still matters.
-                x, ple, positions, mask, rotary = _last_only(positions, x, ple, mask, rotary)
-                taps.at(positions)
+                if x.shape[1] > 1:
+                    # The cache is complete: only the last position still matters.
+                    x, ple, positions, mask, rotary = _last_only(positions, x, ple, mask, rotary)
+                    taps.at(positions)
             held = kv[layer.config.kv_source] if layer.config.kv_shared else cache and cache.layers[index]
             own = None if ple is None else ple[:, :, index]
             x, kv[index] = run(layer, x, own, rotary[kind], mask[kind], held, slots.get(kind))
+            x = spread_rows(x)
         if cache is not None:
             cache = KVCache(cache.lengths, cache.positions, {index: kv[index] for index in cache.layers})
 
@@ -136,8 +139,9 @@ class Gemma4(nnx.Module):
             return None
         shape = (*tokens.shape, self.config.num_hidden_layers, self.config.hidden_size_per_layer_input)
         context = self.per_layer_model_projection(embed) * self.config.hidden_size**-0.5
-        context = self.per_layer_projection_norm(context.reshape(shape))
-        identity = self.embed_tokens_per_layer(tokens).reshape(shape)
+        # Spread by rows first: no device could keep its part of the columns, which layers are then cut out of.
+        context = self.per_layer_projection_norm(spread_rows(context).reshape(shape))
+        identity = spread_rows(self.embed_tokens_per_layer(tokens)).reshape(shape)
         return taps.tap("", "per_layer_inputs", (context + identity) * 2**-0.5)
 
     def _mask(self, kind: str, positions: Array, keys: Array, images: "SoftTokens | None") -> Array:
@@ -171,8 +175,8 @@ class DecoderLayer(nnx.Module):
             self.post_feedforward_layernorm_2 = RMSNorm(make, D, eps)
             self.pre_feedforward_layernorm_2 = RMSNorm(make, D, eps)
         if ple := config.hidden_size_per_layer_input:
-            self.per_layer_input_gate = linear(make, D, ple, (FSDP, None))
-            self.per_layer_projection = linear(make, ple, D, (None, FSDP))
+            self.per_layer_input_gate = Linear(make, D, ple, (None, FSDP))
+            self.per_layer_projection = Linear(make, ple, D, (FSDP, None))
             self.post_per_layer_input_norm = RMSNorm(make, D, eps)
         self.layer_scalar = param(make, (1,), (None,))
 
@@ -197,7 +201,7 @@ class DecoderLayer(nnx.Module):
             h = self.per_layer_projection((gelu(self.per_layer_input_gate(x)) * ple).astype(x.dtype))
             x = taps.tap(self.prefix, "resid_ple", x + self.post_per_layer_input_norm(h))
         # 4. Scale
-        return taps.tap(self.prefix, "out", x * self.layer_scalar[...].astype(x.dtype)), kv
+        return taps.tap(self.prefix, "out", scaled(x, self.layer_scalar[...])), kv
 
     def feed_forward(self, x: Array) -> Array:
         """The dense branch plus, with MoE, the sparse one; the router reads the residual itself."""
@@ -217,15 +221,15 @@ class Attention(nnx.Module):
         self.config, self.prefix = layer, f"layers.{layer.index}.self_attn."
         D, H, eps = config.hidden_size, layer.head_dim, config.rms_norm_eps
         N, K = config.num_attention_heads, layer.num_key_value_heads
-        self.q_proj = linear(make, D, N * H, (FSDP, TP), (D, N))
+        self.q_proj = Linear(make, D, N * H, (TP, FSDP), (N, D))
         self.q_norm = RMSNorm(make, H, eps)
         if not layer.kv_shared:
-            self.k_proj = linear(make, D, K * H, (FSDP, TP), (D, K))
+            self.k_proj = Linear(make, D, K * H, (TP, FSDP), (K, D))
             self.k_norm = RMSNorm(make, H, eps)
             if not layer.k_eq_v:
-                self.v_proj = linear(make, D, K * H, (FSDP, TP), (D, K))
+                self.v_proj = Linear(make, D, K * H, (TP, FSDP), (K, D))
             self.v_norm = RMSNorm(make, H, eps, with_scale=False)
-        self.o_proj = linear(make, N * H, D, (TP, FSDP), (N, D))
+        self.o_proj = Linear(make, N * H, D, (FSDP, TP), (D, N))
 
     def __call__(
         self, x: Array, rotary: tuple[Array, Array], mask: Array, held: KV | None, slots: Array | None
@@ -249,16 +253,16 @@ class Attention(nnx.Module):
         return k, taps.tap(self.prefix, "v", self.v_norm(v))
 
     def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return constrain(x.reshape(*x.shape[:2], -1, self.config.head_dim), FSDP, None, TP, None)
 
 
 class MLP(nnx.Module):
     """down(gelu_tanh(gate(x)) * up(x))."""
 
     def __init__(self, make: Make, hidden_size: int, intermediate_size: int):
-        self.gate_proj = linear(make, hidden_size, intermediate_size, (FSDP, TP))
-        self.up_proj = linear(make, hidden_size, intermediate_size, (FSDP, TP))
-        self.down_proj = linear(make, intermediate_size, hidden_size, (TP, FSDP))
+        self.gate_proj = Linear(make, hidden_size, intermediate_size, (TP, FSDP))
+        self.up_proj = Linear(make, hidden_size, intermediate_size, (TP, FSDP))
+        self.down_proj = Linear(make, intermediate_size, hidden_size, (FSDP, TP))
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
@@ -271,15 +275,15 @@ class ScaledEmbedding(nnx.Module):
         self.dtype = make["dtype"]
         self.scale = float(np.asarray((width or features) ** 0.5).astype(self.dtype))
         init = nnx.initializers.normal(features**-0.5)
-        self.embedding = param(make, (num_embeddings, features), (TP, FSDP), init)
+        self.weight = param(make, (num_embeddings, features), (TP, FSDP), init)
 
     def __call__(self, tokens: Array) -> Array:
-        return self.embedding[...][tokens].astype(self.dtype) * self.scale
+        return self.weight[...][tokens].astype(self.dtype) * self.scale
 
     def attend(self, x: Array) -> Array:
         """x [..., D] -> logits [..., V] of a head tied to this table, at least float32."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(self.dtype), preferred_element_type=wide)
+        return jnp.einsum("...d,vd->...v", x, self.weight[...].astype(self.dtype), preferred_element_type=wide)
 
 
 def attention_mask(queries: Array, keys: Array, window: int | None, ends: Array | None = None) -> Array:
@@ -295,8 +299,8 @@ def attention_mask(queries: Array, keys: Array, window: int | None, ends: Array 
 
 
 def _rows(x: Array, index: Array) -> Array:
-    """x [B, T, ...], index [B] -> [B, 1, ...]."""
-    return x[jnp.arange(x.shape[0]), index][:, None]
+    """x [B, T, ...], index [B] -> [B, 1, ...]; row by row, so that no device needs another's rows."""
+    return jax.vmap(lambda row, i: row[i])(x, index)[:, None]
 
 
 def _last_only(positions: Array, x: Array, ple: Array | None, mask: dict, rotary: dict) -> tuple:

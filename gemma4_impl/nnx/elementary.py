@@ -43,7 +43,7 @@ def tanh(x: Array) -> Array:
     return jnp.copysign(jnp.where(size < _TANH_SMALL, size + size * (square * series), large), x)
 
 
-# Through the branches' own derivatives an overflow in the one that is not taken would be NaN.
+# The branches' own derivatives are less exact, and an overflow in the one that is not taken would be NaN.
 tanh.defjvps(lambda slope, y, x: slope * (1 - y * y))
 
 

@@ -7,10 +7,10 @@ from jax import Array
 
 from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
-from gemma4_impl.nnx.layers import Make, RMSNorm, at_least_float32, gated, linear, param
+from gemma4_impl.nnx.layers import Linear, Make, RMSNorm, at_least_float32, gated, param
 from gemma4_impl.nnx.sharding import FSDP, TP
 
-_init = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+_init = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=0)
 
 
 class Router(nnx.Module):
@@ -21,7 +21,7 @@ class Router(nnx.Module):
         D, self.dtype = config.hidden_size, make["dtype"]
         self.norm = RMSNorm(make | {"dtype": jnp.promote_types(self.dtype, jnp.float32)}, D, config.rms_norm_eps, False)
         self.scale = param(make, (D,), (None,))
-        self.proj = linear(make, D, config.num_experts, (FSDP, None))
+        self.proj = Linear(make, D, config.num_experts, (None, FSDP))
         self.per_expert_scale = param(make, (config.num_experts,), (None,))
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -37,13 +37,13 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """E gated MLPs in two stacked weights [E, in, out]; each token passes through its k chosen ones."""
+    """E gated MLPs in two stacked weights [E, out, in]; each token passes through its k chosen ones."""
 
     def __init__(self, make: Make, config: TextConfig):
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.dtype = make["dtype"]
-        self.gate_up_proj = param(make, (E, D, 2 * F), (None, FSDP, TP), _init)
-        self.down_proj = param(make, (E, F, D), (None, TP, FSDP), _init)
+        self.gate_up_proj = param(make, (E, 2 * F, D), (None, TP, FSDP), _init)
+        self.down_proj = param(make, (E, D, F), (None, FSDP, TP), _init)
 
     def __call__(self, x: Array, weights: Array, index: Array) -> Array:
         """x [B, T, D], weights and index [B, T, k] -> [B, T, D]; the weighted sum is in the dtype of `weights`."""
@@ -53,10 +53,16 @@ class Experts(nnx.Module):
         return jnp.einsum("btkd,btk->btd", y.astype(weights.dtype), weights).astype(x.dtype)
 
 
+# Rows of the left in groups, each times its own [out, in] weight.
+_RAGGED = jax.lax.RaggedDotDimensionNumbers(
+    (((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
 def _gathered(x: Array, index: Array, gate_up: Array, down: Array) -> Array:
     """x [B, T, D], experts [B, T, k] -> [B, T, k, D]: for a few tokens only the chosen experts are read."""
-    gate, up = jnp.split(jnp.einsum("btd,btkdf->btkf", x, gate_up[index]), 2, axis=-1)
-    return jnp.einsum("btkf,btkfd->btkd", gated(gate, up), down[index])
+    gate, up = jnp.split(jnp.einsum("btd,btkfd->btkf", x, gate_up[index]), 2, axis=-1)
+    return jnp.einsum("btkf,btkdf->btkd", gated(gate, up), down[index])
 
 
 def _grouped(x: Array, index: Array, gate_up: Array, down: Array) -> Array:
@@ -65,6 +71,6 @@ def _grouped(x: Array, index: Array, gate_up: Array, down: Array) -> Array:
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
     rows = x.reshape(-1, x.shape[-1])[order // index.shape[-1]]
-    gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-    y = jax.lax.ragged_dot(gated(gate, up), down, sizes)
+    gate, up = jnp.split(jax.lax.ragged_dot_general(rows, gate_up, sizes, _RAGGED), 2, axis=-1)
+    y = jax.lax.ragged_dot_general(gated(gate, up), down, sizes, _RAGGED)
     return jnp.zeros_like(y).at[order].set(y).reshape(*index.shape, -1)

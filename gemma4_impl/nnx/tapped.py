@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -12,36 +13,64 @@ from gemma4_impl.nnx.load import to_numpy, to_torch
 
 
 class Tapped:
-    """Calls `model`, compiled once for each shape of its arguments, and records its taps."""
+    """Calls `model`, compiled once for each shape of its arguments, and records its taps.
+
+    A NaN among forced values, or an expert below 0, leaves the model's own; what is not forced is all of these, so that
+    free and forced runs share one compiled function."""
 
     def __init__(self, model: nnx.Module):
         self._graphdef, self._state = nnx.split(model)
         self._jitted = jax.jit(self._traced, static_argnames="static")
         self._inputs: tuple[taps.Recorder | None, tuple] = (None, ())
+        self._shapes: dict[Any, tuple[dict, dict]] = {}
 
     def __call__(self, recorder: taps.Recorder, *args: Any, **static: Any) -> Any:
         """What `model(*args, **static)` returns; `args` are arrays or pytrees, `static` is compiled in."""
         if self._inputs[0] is not recorder:
-            self._inputs = recorder, _forced_inputs(recorder)
+            self._inputs = recorder, self._forced(recorder, args)
         out, seen = self._jitted(self._state, *self._inputs[1], args, static=tuple(static.items()))
         for name, (positions, value) in seen.items():
             recorder.at(to_torch(positions).long())
             recorder.record(name, to_torch(value))
         return out
 
+    def _forced(self, recorder: taps.Recorder, args: tuple) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Values of every tap and choice that could be forced, for positions [B, L] of the sequence."""
+        leaves, tree = jax.tree.flatten(args)
+        key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in self._shapes:
+            self._shapes[key] = jax.eval_shape(self._reached, self._state, args)
+        wide = jax.dtypes.canonicalize_dtype(np.float64)
+        out: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
+        given = (recorder.forced, wide, np.nan), (recorder.routing, np.int32, -1)
+        for part, shapes, (values, dtype, nothing) in zip(out, self._shapes[key], given, strict=True):
+            for name, shape in shapes.items():
+                size = shape.shape[:2] if name.startswith(taps.VISION) else (recorder.batch, recorder.length)
+                own = values.get(name)
+                blank = np.full((*size, *shape.shape[2:]), nothing, dtype) if own is None else to_numpy(own)
+                part[name] = jnp.asarray(blank, dtype)
+        return out
+
+    def _reached(self, state: Any, args: tuple) -> tuple[dict[str, Array], dict[str, Array]]:
+        recorder = Traced({}, {})
+        with taps.recording(recorder):
+            nnx.merge(self._graphdef, state)(*args)
+        return {name: value for name, (_, value) in recorder.seen.items()}, recorder.routed
+
     def _traced(self, state: Any, forced: dict, routing: dict, args: tuple, static: tuple) -> Any:
-        recorder = _Traced(forced, routing)
+        recorder = Traced(forced, routing)
         with taps.recording(recorder):
             out = nnx.merge(self._graphdef, state)(*args, **dict(static))
         return out, recorder.seen
 
 
-class _Traced:
+class Traced:
     """Stands where a `taps.Recorder` does while the model is traced."""
 
     def __init__(self, forced: dict[str, Array], routing: dict[str, Array]):
         self.forced, self.routing = forced, routing
         self.seen: dict[str, tuple[Array, Array]] = {}
+        self.routed: dict[str, Array] = {}
 
     def at(self, positions: Array) -> None:
         self._positions = positions
@@ -51,6 +80,7 @@ class _Traced:
         return self._replaced(value, self.forced.get(name))
 
     def route(self, prefix: str, index: Array) -> Array:
+        self.routed[prefix] = index
         return self._replaced(index, self.routing.get(prefix))
 
     def _replaced(self, value: Array, forced: Array | None) -> Array:
@@ -59,8 +89,6 @@ class _Traced:
             return value
         rows, at = jnp.arange(value.shape[0])[:, None], self._positions
         keep = jnp.expand_dims(at < 0, tuple(range(2, value.ndim)))
-        return jnp.where(keep, value, forced[rows, jnp.maximum(at, 0)].astype(value.dtype))
-
-
-def _forced_inputs(recorder: taps.Recorder) -> tuple[dict[str, Array], dict[str, Array]]:
-    return tuple({n: jnp.asarray(to_numpy(v)) for n, v in part.items()} for part in (recorder.forced, recorder.routing))
+        given = forced[rows, jnp.maximum(at, 0)]
+        nothing = jnp.isnan(given) if jnp.issubdtype(given.dtype, jnp.floating) else given < 0
+        return jnp.where(keep | nothing, value, given.astype(value.dtype))

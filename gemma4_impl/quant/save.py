@@ -2,18 +2,13 @@
 
 import collections
 import contextlib
-import errno
 import itertools
 import json
 import math
 import os
 import platform
-import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemma4_impl.checkpoint import FLOATS, Checkpoint, CheckpointError, check_fits, is_quantized
+from gemma4_impl.folders import SHARD_BYTES, check_out, copy_files, new_folder, shards, write_index, write_json
 from gemma4_impl.quant import stored as torchao
 from gemma4_impl.quant.container import Spec, StreamWriter, nbytes
 from gemma4_impl.quant.hf_config import torchao_config
@@ -34,15 +30,9 @@ from gemma4_impl.quant.stored import Stored, part_name
 
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
-SHARD_BYTES = 5 * 10**9
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _BLOCK = 1 << 22
 _RELEASE = 1 << 26
-_COPIED = re.compile(
-    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|generation_config|processor_config|.*preprocessor_config"
-    r"|chat_template.*)\.(json|model|jinja)|merges\.txt"
-)
-_TEMPLATES = "additional_chat_templates"
 
 
 def quantize_checkpoint(
@@ -65,13 +55,10 @@ def quantize_checkpoint(
     jobs, dropped = _jobs(checkpoint, recipe)
     untied = checkpoint.config.tie_word_embeddings and any(job.name == HEAD for job in jobs)
     towers = [job for job in jobs if job.is_tower]
-    with _new_folder(out) as folder:
-        needed = sum(job.nbytes for job in jobs)
-        if (free := shutil.disk_usage(folder).free) < needed:
-            raise OSError(f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there")
+    with new_folder(out, sum(job.nbytes for job in jobs)) as folder:
         rows = _write_weights(checkpoint, jobs, folder, shard_bytes, progress)
         _write_config(source, jobs, untied, folder)
-        _copy_files(source, folder)
+        copy_files(source, folder)
         report = QuantizationReport(
             source=source.resolve().name,
             fingerprint=checkpoint.fingerprint(),
@@ -126,10 +113,7 @@ def _check_paths(source: Path, out: Path) -> None:
         )
     if source.is_dir() and is_quantized(source):
         raise CheckpointError(f"{source}: is quantized already (config.json); quantize the original checkpoint")
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out}: already exists; remove it, or choose another name")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{out}: lies inside the checkpoint that is read; choose a place outside of {source}")
+    check_out(source, out)
 
 
 def _jobs(checkpoint: Checkpoint, recipe: QuantRecipe) -> tuple[list[_Job], list[str]]:
@@ -179,7 +163,6 @@ def _head_name(prefix: str) -> str:
 def _write_weights(
     checkpoint: Checkpoint, jobs: list[_Job], folder: Path, shard_bytes: int, progress: Callable[[int, int], None]
 ) -> list[TensorReport]:
-    shards = _shards(jobs, shard_bytes)
     # Every file describes all tensors: transformers keeps one description for all files, and torchao's own reader
     # passes over tensors that the file at hand does not hold.
     metadata = {job.hf_name: job.metadata for job in jobs}
@@ -196,8 +179,7 @@ def _write_weights(
             done += result.block.numel()
             progress(done, total)
 
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    for file, shard in shards(jobs, lambda job: job.nbytes, shard_bytes).items():
         specs = {name: spec for job in shard for name, spec in job.specs.items()}
         weight_map |= dict.fromkeys(specs, file)
         with StreamWriter(folder / file, specs, metadata) as writer:
@@ -205,23 +187,8 @@ def _write_weights(
                 sqnr = _write(job, results, writer)
                 if not job.is_tower:
                     rows.append(_report(job, sqnr))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(job.nbytes for job in jobs)}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+    write_index(folder, weight_map, sum(job.nbytes for job in jobs))
     return rows
-
-
-def _shards(jobs: list[_Job], limit: int) -> list[list[_Job]]:
-    """Consecutive jobs of at most `limit` bytes together, or one that is larger."""
-    shards: list[list[_Job]] = []
-    size = math.inf
-    for job in jobs:
-        if size + job.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(job)
-        size += job.nbytes
-    return shards
 
 
 def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[Tensor]:
@@ -325,16 +292,7 @@ def _write_config(source: Path, jobs: list[_Job], untied: bool, folder: Path) ->
         raw["tie_word_embeddings"] = False
         if isinstance(raw.get("text_config"), dict):
             raw["text_config"]["tie_word_embeddings"] = False
-    _write_json(folder / "config.json", raw | {"quantization_config": torchao_config(tensors)})
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    """The tokenizer's, the chat template's, the processors' and the generation config."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and _COPIED.fullmatch(file.name):
-            shutil.copyfile(file, folder / file.name)
-        elif file.is_dir() and file.name == _TEMPLATES:
-            shutil.copytree(file, folder / file.name)
+    write_json(folder / "config.json", raw | {"quantization_config": torchao_config(tensors)})
 
 
 def _versions() -> dict[str, str]:
@@ -343,28 +301,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, renamed to it at the end; removed on any error, with parents made for it."""
-    made = [parent for parent in out.parents if not parent.exists()]
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if os.path.lexists(out):
-            raise FileExistsError(f"{out}: exists by now; nothing was written")
-        os.rename(folder, out)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"{out}: {error.strerror}; nothing was written") from None
-        raise

@@ -1,6 +1,8 @@
 """The fault catalogue: mistakes that porters make, each with the tap where the engine must find it."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gemma4_impl.config import TextConfig
 from parity.candidate import TorchCandidate
@@ -33,11 +35,13 @@ def baseline_of(fault: Fault, checkpoint: str | Path) -> Baseline:
     return baseline(path, tokens, DTYPES[fault.dtype], images=images)
 
 
-def find(fault: Fault, checkpoint: str | Path, base: Baseline | None = None) -> Comparison:
+def find(
+    fault: Fault, checkpoint: str | Path, base: Baseline | None = None, load: Callable[..., Any] = TorchCandidate
+) -> Comparison:
     """Loads the candidate, puts the fault in, and judges it through the fault's path.
 
-    `base` is what `baseline_of` gives, and is made here if absent."""
+    `base` is what `baseline_of` gives, and is made here if absent. `load(checkpoint, dtype)` makes the candidate."""
     base = base or baseline_of(fault, checkpoint)
-    candidate = TorchCandidate(checkpoint, base.dtype)
+    candidate = load(checkpoint, base.dtype)
     fault.inject(candidate)
     return judge(candidate, base, fault.path)

@@ -13,6 +13,7 @@ from gemma4_impl.model.decoder import DecoderLayer, Gemma4
 from parity.candidate import TorchCandidate
 
 Inject = Callable[[TorchCandidate], None]
+"""In the JAX catalogue it takes a `JaxCandidate`."""
 Tap = Callable[[TextConfig], str]
 
 ALL = ("E2B", "E4B", "26B-A4B", "31B")

@@ -1,10 +1,7 @@
 """GGUF files as weights: the converted checkpoint's own, gguf-py's values for every type, and refusals by name."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from measured_memory import MEASURABLE, run
 from raw_gguf import shapes_of, tensor, write_config, write_hollow
 
 from gemma4_impl.checkpoint import CheckpointError, Weights, check_fits, open_checkpoint
@@ -290,53 +288,33 @@ def test_real_sizes_open_at_once_and_rows_are_cheap(variant, tmp_path):
 
 
 MEASURE = """
-import sys, threading, torch
+import sys, torch
 from gemma4_impl.gguf.checkpoint import GGUFCheckpoint
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key + ":")) / 1024
+from measured_memory import watched
 
 torch.set_num_threads(1)
-sys.setswitchinterval(1e-4)
 checkpoint = GGUFCheckpoint(sys.argv[1])
 name = "embed_tokens.weight"
 calls = {"rows": lambda: checkpoint.rows(name, 60_000, 60_016), "tensor": lambda: checkpoint.tensor(name),
          "quantized": lambda: checkpoint.quantized(name), "fingerprint": lambda: checkpoint.fingerprint()}
 checkpoint.rows(name, 0, 4096), checkpoint.quantized("layers.0.mlp.up_proj.weight")  # what first use itself takes
 for what, call in calls.items():
-    done, peak, start = threading.Event(), 0.0, status("RssAnon")
-
-    def watch():
-        global peak
-        while not done.wait(0.0005):
-            peak = max(peak, status("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = call()
-    peak = max(peak, status("RssAnon"))
-    done.set()
-    watcher.join()
-    print(what, f"{getattr(result, 'nbytes', 0) / 2**20:.1f} {peak - start:.1f}")
+    with watched() as memory:
+        result = call()
+    print(what, f"{getattr(result, 'nbytes', 0) / 2**20:.1f} {memory.peak:.1f}")
     del result
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+@pytest.mark.skipif(not MEASURABLE, reason="reads Linux's own account of memory")
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "F16"])
 def test_memory_is_that_of_the_result(kind, tmp_path):
     """A table of 64 million weights: 256 MiB as floats, and 16 of its rows."""
     sizes = {"vocab_size": 65_536, "hidden_size": 1024, "num_hidden_layers": 2, "layer_types": (SLIDING, FULL)}
     config = dataclasses.replace(VARIANTS["E4B"], **sizes, num_kv_shared_layers=0, hidden_size_per_layer_input=0)
     file = write_config(tmp_path / "x.gguf", config, kind)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(file)], env=environment, capture_output=True, text=True, check=True
-    )
-    found = {
-        what: (float(size), float(peak)) for what, size, peak in (line.split() for line in run.stdout.splitlines())
-    }
+    lines = (line.split() for line in run(MEASURE, str(file)).splitlines())
+    found = {what: (float(size), float(peak)) for what, size, peak in lines}
     assert found["tensor"][0] == (128 if kind == "F16" else 256)
     if kind == "F16":
         # A view of the mapped file.

@@ -1,12 +1,10 @@
 """Models whose weights come quantized: against the same model with the dequantized weights, on every path."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from measured_memory import MEASURABLE, run
 from quantizing import OnTheFly
 from torch import Tensor
 
@@ -264,36 +262,22 @@ def test_another_dtype_later(folder):
 # Cost
 
 
-def run(code: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    root = Path(__file__).parents[2]
-    # With a fixed threshold, memory that is freed leaves the process at once.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_imports_no_optional_package():
     code = "import sys, gemma4_impl.model.decoder; print({'torchao', 'gguf', 'transformers'} & sys.modules.keys())"
     assert run(code) == "set()\n"
 
 
 MEASURE = """
-import sys, threading, torch
+import torch
 from gemma4_impl.checkpoint import check_fits
 from gemma4_impl.config import VARIANTS
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.pack import can_pack
 from gemma4_impl.quant.tensor import QuantizedTensor
+from measured_memory import watched
 import dataclasses
 
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key + ":")) / 1024
-
 torch.set_num_threads(1)
-sys.setswitchinterval(1e-4)
 changes = dict(num_hidden_layers=6, vocab_size=65536, hidden_size=1024, intermediate_size=4096)
 changes |= dict(num_attention_heads=8, num_key_value_heads=4, num_global_key_value_heads=2)
 config = dataclasses.replace(VARIANTS["31B"], layer_types=VARIANTS["31B"].layer_types[:6], **changes)
@@ -327,32 +311,22 @@ class Made:
 Gemma4.from_weights(Made(4, 32))
 for bits, group in ((4, 32), (8, 16)):
     weights = Made(bits, group)
-    done, peak, start = threading.Event(), 0.0, status("RssAnon")
-
-    def watch():
-        global peak
-        while not done.wait(0.0005):
-            peak = max(peak, status("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = Gemma4.from_weights(weights)
-    peak = max(peak, status("RssAnon"))
-    done.set()
-    watcher.join()
+    with watched() as memory:
+        model = Gemma4.from_weights(weights)
     size = sum({t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
-    print(size / 2**20, weights.largest / 2**20, peak - start)
+    print(size / 2**20, weights.largest / 2**20, memory.peak)
     del model
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not MEASURABLE, reason="needs Linux's /proc")
 def test_peak_memory():
     """Never more than the packed model, the largest tensor as it comes, and blocks of a few MB.
 
     Memory that a process owns, sampled every half millisecond while a model is packed. Its largest tensor, the
     embedding, is a fifth of it or more, so that holding two of them would show."""
-    for line in run(MEASURE).splitlines():
+    # With a fixed threshold, memory that is freed leaves the process at once.
+    for line in run(MEASURE, MALLOC_MMAP_THRESHOLD_="65536").splitlines():
         size, largest, peak = map(float, line.split())
         assert size > 40
         assert peak <= size + largest + 16, line

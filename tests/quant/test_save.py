@@ -17,6 +17,7 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, IntxWeightOnlyConfig, fqn_matches_fqn_config
 from transformers import TorchAoConfig
 
+from gemma4_impl import folders
 from gemma4_impl.checkpoint import Checkpoint, CheckpointError
 from gemma4_impl.names import from_hf
 from gemma4_impl.quant import container, page, save
@@ -486,7 +487,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(source, tmp_path):
 
 def test_a_disk_without_room(source, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
-    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"q: needs .* GB, but only 0\.0 GB are free"):
         quantize_checkpoint(source("31B"), tmp_path / "q", RECIPES["default"])
     assert listing(tmp_path) == []

@@ -1,0 +1,143 @@
+"""The engine catches every fault of the JAX model and names the tap where it was put; it names none elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from gemma4_impl.config import FULL, SLIDING
+from gemma4_impl.nnx.tapped import Tapped
+from parity.candidate_jax import JaxCandidate
+from parity.compare import Comparison
+from parity.engine import Baseline
+from parity.faults import FAULTS, IMAGE_FAULTS, Fault, baseline_of, find
+from parity.faults.fault import ALL, Inject, named
+from parity.faults.jax import JAX_FAULTS, JAX_IMAGE_FAULTS
+from parity.faults.jax_attention import steps
+from parity.faults.jax_blocks import sorting
+from parity.faults.jax_cache import ring
+from reference.tiny import make_tiny
+
+pytestmark = pytest.mark.parity
+
+# Each kind of layer once, for each fault is compiled anew; but two producers of sliding keys where the wrong one is to
+# be read, and square weights where they are to be transposed.
+_LAYERS = {
+    "E2B": {"layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2},
+    "E4B": {"layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2},
+    "26B-A4B": {"layer_types": [SLIDING, FULL]},
+    "31B": {"layer_types": [SLIDING, FULL], "hidden_size": 64},
+}
+
+
+def _in_turn(faults: dict[str, Fault]) -> list[tuple[Fault, str]]:
+    """Each fault with one of the variants that it applies to, so that all have their turn."""
+    return [(fault, fault.variants[i % len(fault.variants)]) for i, fault in enumerate(faults.values())]
+
+
+_CASES = _in_turn(JAX_FAULTS) + _in_turn(JAX_IMAGE_FAULTS)
+_RUNS = {(v, f.dtype, f.path, f.length, f.images): replace(f, inject=lambda model: None) for f, v in _CASES}
+
+
+class _Quick(Tapped):
+    """Compiled in less time, and once for models that differ in their weights only."""
+
+    def __init__(self, model: nnx.Module, effort: int, compiled: dict):
+        super().__init__(model)
+        options = {"xla_backend_optimization_level": effort, "xla_cpu_use_fusion_emitters": False}
+        own = jax.jit(self._traced, static_argnames="static", compiler_options=options)
+        self._jitted = compiled.setdefault((self._graphdef, effort), own)
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Fault, str], tuple[Path, Baseline]]:
+    """One checkpoint of few layers a variant, with and without images; one baseline a checkpoint, dtype and length."""
+    checkpoints: dict[tuple, Path] = {}
+    baselines: dict[tuple, Baseline] = {}
+
+    def make(fault: Fault, variant: str) -> tuple[Path, Baseline]:
+        key = variant, fault.images
+        if key not in checkpoints:
+            layers = _LAYERS[variant] | {"num_hidden_layers": len(_LAYERS[variant]["layer_types"])}
+            folder = tmp_path_factory.mktemp("jax") / variant
+            checkpoints[key] = make_tiny(variant, folder, multimodal=fault.images, overrides=layers)
+        key = (*key, fault.dtype, fault.length)
+        if key not in baselines:
+            baselines[key] = baseline_of(fault, checkpoints[key[:2]])
+        return checkpoints[key[:2]], baselines[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    """Graph of a model, and effort -> its jitted function."""
+    return {}
+
+
+Find = Callable[[Fault, str], Comparison]
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, base_of, compiled: dict) -> Find:
+    def run(fault: Fault, variant: str) -> Comparison:
+        # With no effort at all, the tower's roundings are not those that a healthy model is judged by.
+        monkeypatch.setattr("reference.jax.Tapped", partial(_Quick, effort=int(fault.images), compiled=compiled))
+        return find(fault, *base_of(fault, variant), JaxCandidate)
+
+    return run
+
+
+@pytest.mark.parametrize(("fault", "variant"), [pytest.param(f, v, id=f"{f.name}-{v}") for f, v in _CASES])
+def test_fault_is_named_where_it_is(fault: Fault, variant: str, base_of, found: Find) -> None:
+    comparison = found(fault, variant)
+    assert comparison.red
+    first = comparison.first_divergence
+    assert first is not None
+    assert (first.tap, first.origin) == (fault.tap(base_of(fault, variant)[1].config), "created"), first
+
+
+@pytest.mark.parametrize("run", _RUNS, ids=lambda run: "-".join(map(str, run)))
+def test_healthy_model_is_green(run: tuple, found: Find) -> None:
+    comparison = found(_RUNS[run], run[0])
+    assert not comparison.red, comparison.first_divergence
+
+
+@pytest.mark.parametrize(
+    ("inject", "variant", "path"),
+    [
+        pytest.param(steps(), "E2B", "chunked", id="attention"),
+        pytest.param(sorting(), "26B-A4B", "decode", id="experts"),
+        pytest.param(ring(lambda window, capacity: capacity), "31B", "chunked", id="cache"),
+    ],
+)
+def test_what_faults_are_put_into_is_green_without_them(inject: Inject, variant: str, path: str, found: Find) -> None:
+    comparison = found(Fault("none", "nothing is wrong", inject, named("embed"), path=path), variant)
+    assert not comparison.red, comparison.first_divergence
+
+
+@pytest.mark.parametrize("variant", ["E2B", "26B-A4B"])
+def test_faults_stay_in_their_own_model(variant: str, base_of, found: Find, compiled: dict) -> None:
+    for fault in (JAX_FAULTS | JAX_IMAGE_FAULTS).values():
+        if variant == next(v for v in ("E2B", *fault.variants) if v in fault.variants):
+            fault.inject(JaxCandidate(base_of(fault, variant)[0]))
+    # What was compiled before would hide a class that is broken now.
+    compiled.clear()
+    healthy = Fault("none", "nothing is wrong", lambda candidate: None, named("embed"), images=True)
+    comparison = found(healthy, variant)
+    assert not comparison.red, comparison.first_divergence
+
+
+def test_catalogue_is_whole() -> None:
+    both = JAX_FAULTS | JAX_IMAGE_FAULTS
+    assert len(JAX_FAULTS) >= 70
+    assert len(JAX_IMAGE_FAULTS) >= 16
+    assert {variant for _, variant in _CASES} == set(ALL)
+    known = FAULTS | IMAGE_FAULTS
+    for name in both.keys() & known.keys():
+        assert both[name].summary == known[name].summary
+    assert len(both.keys() - known.keys()) >= 18
