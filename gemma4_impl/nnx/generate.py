@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from gemma4_impl.generation import Generation, Interrupted, Prompt, Sampling, Transcript, check_prompt, prompt_ids
@@ -61,7 +62,10 @@ def generate(
 
     begin = time.perf_counter()
     decoding = engine.start(*engine.prefill([ids], engine.make_cache(1, room), soft), sampling, stop=stop)
-    fresh, count = np.asarray(decoding.token).tolist(), 1
+    fresh = np.asarray(decoding.token).tolist()
+    # Several processes must run the same steps, and their clocks differ.
+    alone = jax.process_count() == 1
+    count = 1 if alone else engine.segment
     first = time.perf_counter()
     interrupted = False
     try:
@@ -69,7 +73,8 @@ def generate(
             count, before = min(count, transcript.left), time.perf_counter()
             out, decoding = engine.decode(decoding, count)
             fresh = np.asarray(out)[0, :count].tolist()
-            count = min(engine.segment, 1 + int(SHOWN_EVERY * count / (time.perf_counter() - before)))
+            possible = 1 + int(SHOWN_EVERY * count / (time.perf_counter() - before))
+            count = min(engine.segment, possible) if alone else engine.segment
     except KeyboardInterrupt:
         interrupted = True
     seconds = time.perf_counter() - first

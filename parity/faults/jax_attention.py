@@ -252,10 +252,10 @@ ATTENTION = [
     same("rope_interleaved", steps(turn=interleaved)),
     same("positions_count_padding", rope_positions(positions_of_longest_row)),
     same("positions_after_chunk", rope_positions(lambda positions: positions + (positions[:, :1] > 0))),
-    same("rope_in_bfloat16", rotary(angles_in_bfloat16)),
+    same("rope_in_bfloat16", rotary(angles_in_bfloat16), variants=("31B",)),
     same("attention_scale", steps(attend=scaled)),
     same("attention_in_bfloat16", steps(attend=in_bfloat16)),
-    same("kv_heads_tiled", steps(attend=tiled)),
+    same("kv_heads_tiled", steps(attend=tiled), variants=("26B-A4B",)),
     same("v_norm_missing", drop("self_attn.v_norm")),
     same("v_after_k_norm", steps(FULL, values=normed_k_as_v)),
     Fault(

@@ -27,20 +27,30 @@ from reference.tiny import TINY, make_tiny
 
 CPUS = jax.devices("cpu")
 MESHES = ("fsdp=8,tp=1", "fsdp=4,tp=2", "fsdp=2,tp=4", "fsdp=1,tp=8")
-# A layer of each type, and shared ones where the variant has them: 1, 2 and 4 key/value heads of 4 or 8 query heads.
+# A layer of each type, and a shared one where the variant has them: 1, 2 and 4 key/value heads of 4 or 8 query heads.
 SMALL = {
-    "E2B": {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2},
+    "E2B": {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1},
     "26B-A4B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
     "31B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+}
+DIVISIBLE = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 8,
+    "hidden_size": 48,
+    "intermediate_size": 64,
 }
 B, T, PROMPT = 8, 12, 3
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Callable[[str], Path]:
+def small(tmp_path_factory) -> Callable[..., Path]:
+    """variant, whether all sizes are multiples of eight -> checkpoint folder."""
+
     @functools.cache
-    def make(variant: str) -> Path:
-        return make_tiny(variant, tmp_path_factory.mktemp("small") / variant, overrides=SMALL[variant])
+    def make(variant: str, divisible: bool = False) -> Path:
+        sizes = SMALL[variant] | (DIVISIBLE if divisible else {})
+        return make_tiny(variant, tmp_path_factory.mktemp("small") / variant, overrides=sizes)
 
     return make
 
@@ -157,22 +167,11 @@ def held(state) -> dict[jax.Device, int]:
     return dict(out)
 
 
-DIVISIBLE = {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 8,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-}
-
-
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("variant", SMALL)
-def test_each_device_holds_its_part(variant, mesh, tmp_path):
+def test_each_device_holds_its_part(variant, mesh, small):
     """All matrices are cut into eight equal parts but those listed, if every size can be divided by eight."""
-    ple = {"hidden_size_per_layer_input": 8} if variant == "E2B" else {}
-    path = make_tiny(variant, tmp_path / "m", overrides=SMALL[variant] | DIVISIBLE | ple)
-    state = nnx.state(from_pretrained(path, mesh=make_mesh(mesh, CPUS)))
+    state = nnx.state(from_pretrained(small(variant, divisible=True), mesh=make_mesh(mesh, CPUS)))
     leaves = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     sizes = parse_mesh(mesh)
     expected = 0
@@ -189,11 +188,10 @@ def test_each_device_holds_its_part(variant, mesh, tmp_path):
     assert total / 8 <= expected < total / 8 * 1.35
 
 
-def test_heads_are_never_cut(tmp_path):
+def test_heads_are_never_cut(small):
     """With fewer key/value heads than tp their projections and caches are whole, and the queries are not."""
-    path = make_tiny("31B", tmp_path / "m", overrides=SMALL["31B"])
     mesh = make_mesh("fsdp=2,tp=4", CPUS)
-    model = from_pretrained(path, mesh=mesh)
+    model = from_pretrained(small("31B"), mesh=mesh)
     sliding, full = (layer.self_attn for layer in model.layers)
     weights = {name: getattr(sliding, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     spec = {name: weight.get_value().sharding.spec for name, weight in weights.items()}

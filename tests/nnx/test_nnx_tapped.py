@@ -1,4 +1,4 @@
-"""A jitted module with taps: forced values are inputs of one compiled function, and what is not forced is the model's."""
+"""A jitted module with taps: forced values are inputs of its one compiled function, all else is the model's own."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -17,14 +17,14 @@ from gemma4_impl.nnx.vision import Constant, Vision
 from gemma4_impl.vision.config import VisionConfig
 from tests.configs import hub
 
-CONFIG = TextConfig.from_dict(hub())
+CONFIG = TextConfig.from_dict(hub(num_hidden_layers=2, layer_types=[SLIDING, FULL], num_kv_shared_layers=0))
 DENSE = dataclasses.replace(CONFIG, enable_moe_block=False)
 EPS = float(np.finfo(np.float32).eps)
 B, T = 2, 12
 DTYPES = st.sampled_from(["float32", "bfloat16"])
 
 
-def made(config: TextConfig = CONFIG, **options: object) -> Gemma4:
+def made(config: TextConfig = DENSE, **options: object) -> Gemma4:
     return Gemma4(config, rngs=nnx.Rngs(0), **options)
 
 
@@ -39,7 +39,7 @@ rows = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows, st.lists(st.booleans(), min_size=B * T, max_size=B * T), st.booleans())
 def test_a_mask_is_its_definition(rows, image, bidirectional):
     """Each row is padding on one side or both and sequences that are packed into what is left."""
@@ -95,10 +95,10 @@ def test_packed_sequences_are_as_if_each_were_alone():
         logits, _ = model(tokens, positions, mask=mask)
         return logits, train.loss(logits, tokens, train.get_targets(positions))
 
-    together, loss = run(model, packed, positions, train.get_attention_mask(CONFIG, positions, segments=segments))
-    alone, wanted = run(model, apart, at, train.get_attention_mask(CONFIG, at))
+    together, loss = run(model, packed, positions, train.get_attention_mask(DENSE, positions, segments=segments))
+    alone, wanted = run(model, apart, at, train.get_attention_mask(DENSE, at))
     each = jnp.concatenate([alone[0, :7], alone[1, :5]])
-    # Sums over other keys that count nothing, in four layers.
+    # Sums over other keys that count nothing, in two layers.
     assert jnp.abs(together[0] - each).max() < 1e3 * EPS * jnp.abs(each).max()
     assert abs(loss - wanted) < 1e3 * EPS * wanted
 
@@ -157,7 +157,7 @@ def relative(got: dict, want: dict) -> float:
 
 def test_padding_adds_nothing_to_any_gradient():
     """Not even NaN, which a softmax over nothing would leave; nor does a batch that has no target."""
-    graphdef, state = nnx.split(made())
+    graphdef, state = nnx.split(made(CONFIG))
     tokens = drawn(2, 2, T)
 
     @jax.jit
@@ -181,7 +181,7 @@ def test_padding_adds_nothing_to_any_gradient():
 def test_remat_gives_the_same_gradients_and_keeps_less():
     tokens, found, kept = drawn(4, 1, T), [], []
     for remat in (False, True):
-        graphdef, state = nnx.split(made(DENSE, remat=remat))
+        graphdef, state = nnx.split(made(remat=remat))
 
         def loss(state: nnx.State, tokens: jax.Array, graphdef: nnx.GraphDef = graphdef) -> jax.Array:
             return train.next_token_loss(nnx.merge(graphdef, state), tokens)
@@ -194,7 +194,7 @@ def test_remat_gives_the_same_gradients_and_keeps_less():
         kept.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals)))
     assert relative(*found) < 1e3 * EPS
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert kept[1] - weights < (kept[0] - weights) / 4, kept
+    assert kept[1] - weights < (kept[0] - weights) / 3, kept
 
 
 # Images
@@ -206,7 +206,7 @@ def test_gradients_flow_through_vision_and_merge():
         head_dim=8, text_hidden_size=CONFIG.hidden_size, patch_size=2, pooling_kernel_size=2, standardize=True,
         position_embedding_size=8, image_token_id=5, use_bidirectional_attention="vision",
     )  # fmt: skip
-    text, vision = made(DENSE), Vision(config, rngs=nnx.Rngs(1))
+    text, vision = made(), Vision(config, rngs=nnx.Rngs(1))
     y, x = np.divmod(np.arange(16), 4)
     patches = np.stack([x, y], axis=-1)[None].astype(np.int32)
     pixels = np.random.default_rng(5).random((1, 16, 12), np.float32)
@@ -231,7 +231,7 @@ def test_gradients_flow_through_vision_and_merge():
 
 def test_a_few_steps_learn_a_batch():
     """Adam in plain JAX: every parameter is trained, in float32, by what is computed in bfloat16."""
-    graphdef, state = nnx.split(made(DENSE, dtype="bfloat16"))
+    graphdef, state = nnx.split(made(dtype="bfloat16"))
     tokens = jnp.asarray(drawn(6, 2, 16))
 
     @jax.jit
