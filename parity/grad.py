@@ -13,6 +13,7 @@ from torch import Tensor
 from gemma4_impl import taps
 from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.config import TextConfig
+from gemma4_impl.model.soft_tokens import SoftTokens
 from gemma4_impl.vision.processing import ImageSource, ProcessedImages
 from parity import budget
 from parity.candidate import TorchCandidate, _pad
@@ -21,7 +22,7 @@ from parity.compare import Comparison, TapResult, Taps, routing_of
 from parity.engine import DTYPES, Case, Report
 from parity.images import place
 from parity.metrics import measure
-from reference.gradients import Gradients, StraightThrough, gradients
+from reference.gradients import StraightThrough, gradients
 from reference.hf import HFReference
 
 PATH = "grad"
@@ -162,7 +163,7 @@ class TorchGradients:
             for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
         }
 
-    def _soft_tokens(self, tokens: Tensor, images: ProcessedImages):
+    def _soft_tokens(self, tokens: Tensor, images: ProcessedImages) -> SoftTokens:
         # Not by `encode`, through which no gradient flows.
         encoder = self.candidate.encoder
         encoded = encoder.model(images.pixel_values.to(tokens.device), images.positions.to(tokens.device))
@@ -224,23 +225,25 @@ def run_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The batch's gradients `as_taps`, summed over its rows without padding, and its taps [B, L, ...], NaN past a row's
     end. `forced` and `routing` [B, L, ...] are those of the whole batch."""
-    parts: list[Gradients] = []
+    total: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    length = max(map(len, batch.rows))
     roundoffs = None if seed is None else torch.Generator().manual_seed(seed)
     for b, (row, targets) in enumerate(zip(batch.rows, batch.targets, strict=True)):
         own = {n: v if n.startswith(taps.VISION) else v[b : b + 1, : len(row)] for n, v in (forced or {}).items()}
         routes = {n: v[b : b + 1, : len(row)] for n, v in (routing or {}).items()}
         options = {"glob": glob, "forced": own, "routing": routes, "roundoffs": roundoffs, "images": batch.images}
-        parts.append(gradients(reference, row, targets, batch.total, **options))
-    length = max(map(len, batch.rows))
-    values = {}
-    for name, first in parts[0].taps.items():
-        if name.startswith(taps.VISION):
-            values[name] = first
-            continue
-        values[name] = first.new_full((len(parts), length, *first.shape[2:]), torch.nan)
-        for b, part in enumerate(parts):
-            values[name][b, : len(batch.rows[b])] = part.taps[name][0]
-    return as_taps({name: sum(part.parameters[name] for part in parts) for name in parts[0].parameters}), values
+        part = gradients(reference, row, targets, batch.total, **options)
+        for name, gradient in part.parameters.items():
+            total[name] = total[name].add_(gradient) if name in total else gradient
+        for name, value in part.taps.items():
+            if name.startswith(taps.VISION):
+                values[name] = value
+                continue
+            if name not in values:
+                values[name] = value.new_full((len(batch.rows), length, *value.shape[2:]), torch.nan)
+            values[name][b, : len(row)] = value[0]
+    return as_taps(total), values
 
 
 def baseline(
@@ -253,7 +256,7 @@ def baseline(
     """Runs the reference forward and backward: in float64 for the truth, then in `dtype` with eager and sdpa attention
     and a few times moved by a roundoff, each freely and with the truth forced into every tap.
 
-    The float64 model with its gradients (16 bytes a parameter) is the most that is held at a time."""
+    The float64 model with the gradients of two rows (24 bytes a parameter) is the most that is held at a time."""
     # Metal has no float64.
     where = "cpu" if torch.device(device).type == "mps" else device
     reference = HFReference(checkpoint, dtype, truth=True, device=where)
@@ -367,9 +370,9 @@ def as_taps(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The layers' scalars are one tap, whose positions are the layers: the last one's gradient all but vanishes, since a
     norm follows, and of a single number that cancels no relative error means anything. There is no NaN, which would be
     taken for a position that was not computed, but inf."""
-    scalars = [name for name in gradients if name.endswith(".layer_scalar")]
+    scalars = sorted((n for n in gradients if n.endswith(".layer_scalar")), key=lambda n: int(n.split(".")[1]))
     found = {name: gradient for name, gradient in gradients.items() if name not in scalars}
     if scalars:
-        found["layer_scalar"] = torch.cat([gradients[f"layers.{i}.layer_scalar"] for i in range(len(scalars))])
+        found["layer_scalar"] = torch.cat([gradients[name] for name in scalars])
     found = {name: value.nan_to_num(torch.inf, torch.inf, -torch.inf) for name, value in found.items()}
     return {name: g if g.dim() == 3 else g.reshape(1, len(g), -1) for name, g in found.items()}

@@ -68,6 +68,14 @@ def base_of(tmp_path_factory) -> Bases:
     return make
 
 
+@pytest.fixture
+def quickly_compiled():
+    """Half the time to compile, for what no rounding decides."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def exact(found: dict[str, Tensor], base: grad.Baseline) -> None:
     found = grad.as_taps(found)
     assert found.keys() == base.truth.keys()
@@ -131,19 +139,14 @@ def test_every_gradient_is_in_budget(candidate, variant, dtype, base_of):
 
 
 @pytest.mark.parametrize("variant", WITH_IMAGES)
-def test_float64_is_exact(variant, base_of):
+def test_float64_is_exact(variant, base_of, quickly_compiled):
     path, base = base_of(variant)
     given = base.batch, base.routing, base.forced
     torches = grad.TorchGradients(TorchCandidate(path, torch.float64, weights=torch.float32))
     for found in torches.gradients(*given):
         exact(found, base)
-    # Half the time to compile; in float64 all roundings are small.
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        for found in JaxGradients(TappedModel(path, torch.float64, weights=torch.float32)).gradients(*given):
-            exact(found, base)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    for found in JaxGradients(TappedModel(path, torch.float64, weights=torch.float32)).gradients(*given):
+        exact(found, base)
 
 
 # Faults
@@ -266,7 +269,7 @@ def test_a_fault_is_named(name, base_of):
     assert (first.tap, first.origin) == (fault.named, "created"), first
 
 
-def test_padding_counted_in_the_mean_is_named(base_of, monkeypatch):
+def test_padding_counted_in_the_mean_is_named(base_of, monkeypatch, quickly_compiled):
     path, base = base_of("31B")
     own = train.loss
     monkeypatch.setattr(train, "loss", lambda logits, *args: own(logits, *args[:2], logits[..., 0].size))

@@ -72,7 +72,7 @@ def gradients(
     leaves out where there is a `padding_idx`. `images` stand at the row's image tokens, from the first one on; `forced`
     and `routing` are as in `HFReference.capture`, but that gradients flow through.
 
-    A float64 reference takes 16 bytes a parameter, and all activations of the sequence."""
+    Takes the model, as much again for the gradients, and all activations of the sequence."""
     leaves = parameters(reference, images is not None)
     recorder = StraightThrough(1, len(row), glob, forced, routing)
     recorder.roundoffs = roundoffs

@@ -88,18 +88,6 @@ def ids_clamped(model: Gemma4) -> None:
     override(model.embed_tokens, __call__=call)
 
 
-def head(change: Callable[[Gemma4, Array], Array]) -> Inject:
-    """Changes the scores [B, T, V] before they are softcapped."""
-
-    def inject(model: Gemma4) -> None:
-        def attend(self: ScaledEmbedding, x: Array) -> Array:
-            return change(model, ScaledEmbedding.attend(self, x))
-
-        override(model.embed_tokens, attend=attend)
-
-    return on_model(inject)
-
-
 def logits_of_padding(model: Gemma4) -> None:
     seen: list[Array] = []
 
@@ -268,7 +256,6 @@ BLOCKS = [
     same("embed_unscaled", embedding_scale(lambda model: 1.0)),
     same("embed_scale_unrounded", embedding_scale(lambda model: model.config.hidden_size**0.5), variants=("E2B",)),
     same("final_norm_missing", on_model(lambda model: setattr(model, "norm", Identity()))),
-    same("embed_scale_in_head", head(lambda model, scores: scores * model.config.hidden_size**0.5)),
     same("softcap_missing"),
     same("norm_one_plus_w", norms(one_plus)),
     same("norm_eps", norms(loose_eps)),

@@ -74,7 +74,7 @@ def ones(parameter: nnx.Variable) -> None:
 
 
 def rounded(x: Array) -> Array:
-    """float32 values as bfloat16 holds them. XLA takes a cast there and back for nothing and leaves it out."""
+    """float32 values as bfloat16 holds them. XLA may leave a cast there and back out."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 

@@ -116,34 +116,17 @@ def block_on_full_layers(self: Gemma4, queries: Array, keys: Array, images: Soft
     return attention_mask(queries, keys, None, images.ends(queries))
 
 
-PerLayer = Callable[[Gemma4, Array, Array, Array, int], tuple[Array, Array]]
+def image_id_looked_up(candidate: "JaxCandidate") -> None:
+    image, shown = candidate.encoder.config.image_token_id, []
 
+    def call(self: Gemma4, *args: Any) -> tuple:
+        shown[:] = [args[-1].mask]
+        return Gemma4.__call__(self, *args)
 
-def per_layer(change: PerLayer) -> Inject:
-    """Changes the tokens [B, T] and embeddings [B, T, D] that the per-layer inputs are made of; `change` is also given
-    the mask [B, T] of the image tokens, and their id."""
+    def per_layer_inputs(self: Gemma4, tokens: Array, embed: Array) -> Array:
+        return Gemma4.per_layer_inputs(self, jnp.where(shown[0], image, tokens), embed)
 
-    def inject(candidate: "JaxCandidate") -> None:
-        image, shown = candidate.encoder.config.image_token_id, []
-
-        def call(self: Gemma4, *args: Any) -> tuple:
-            shown[:] = [args[-1].mask]
-            return Gemma4.__call__(self, *args)
-
-        def per_layer_inputs(self: Gemma4, tokens: Array, embed: Array) -> Array:
-            return Gemma4.per_layer_inputs(self, *change(self, tokens, embed, shown[0], image))
-
-        override(candidate.model, __call__=call, per_layer_inputs=per_layer_inputs)
-
-    return inject
-
-
-def image_id_looked_up(model: Gemma4, tokens: Array, embed: Array, mask: Array, image: int) -> tuple[Array, Array]:
-    return jnp.where(mask, image, tokens), embed
-
-
-def context_unmerged(model: Gemma4, tokens: Array, embed: Array, mask: Array, image: int) -> tuple[Array, Array]:
-    return tokens, jnp.where(mask[..., None], model.embed_tokens(tokens), embed)
+    override(candidate.model, __call__=call, per_layer_inputs=per_layer_inputs)
 
 
 IMAGES = [
@@ -161,7 +144,6 @@ IMAGES = [
     same("images_in_reverse", merged(lambda features: features[::-1])),
     same("image_block_causal"),
     same("block_on_full_layers", mask_of(FULL, block_on_full_layers)),
-    same("ple_of_image_id", per_layer(image_id_looked_up)),
-    same("ple_context_unmerged", per_layer(context_unmerged)),
+    same("ple_of_image_id", image_id_looked_up),
 ]
 """On tiny multimodal checkpoints, with the two images that a parity run draws."""
