@@ -41,6 +41,12 @@ def tap_names(config: TextConfig) -> list[str]:
     return [*names, "norm", "logits"]
 
 
+def choice_names(config: TextConfig) -> list[str]:
+    """What every router chose, `layers.{i}.choice` [B, T, k], recorded beside the taps: experts as floats, so that NaN
+    can mark positions that were not computed."""
+    return [f"layers.{layer.index}.choice" for layer in config.layers if config.enable_moe_block]
+
+
 class Recorder:
     """Collects taps by absolute position, so that any chunking of the input fills the same tensors [B, length, ...].
 
@@ -105,6 +111,7 @@ class Recorder:
         return value
 
     def route(self, prefix: str, index: Tensor) -> Tensor:
+        self.record(prefix + "choice", index.float())
         if prefix not in self.routing:
             return index
         rows, cols, _ = self._where

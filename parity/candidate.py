@@ -89,6 +89,7 @@ class TorchCandidate:
                 features = self.encoder.encode(images)
             self._run(rows, path, features)
         values = recorder.values
+        names += taps.choice_names(self.config)
         return {name: values[name] for name in names if name in values}
 
     def _run(self, rows: list[list[int]], path: str, features: Sequence[Tensor] = ()) -> None:

@@ -1,5 +1,6 @@
 """The commands that compare: capture, compare, parity, and tiny, beside those of `gemma4_impl.cli`."""
 
+import functools
 import logging
 import shlex
 import sys
@@ -253,11 +254,10 @@ def parity_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from gemma4_impl.config import TextConfig
-    from parity import engine, quantized, report
-    from parity import grad as gradients
+    from parity import engine, report
     from parity import images as with_images
     from parity.targets import Targets, default_paths, implementations, targets
+    from parity.tasks import gradient_tasks, plain_tasks, processes_for, quantized_tasks, run_tasks
 
     if images and (stream or set(candidates) - set(engine.CANDIDATES)):
         raise ValueError("--image: not with --stream or a quantized candidate; only our own models, loaded whole, run")
@@ -286,31 +286,21 @@ def parity_command(
             if shown_through:
                 shown = with_images.labelled(with_images.tiny_checkpoints(Path(folder)))
         paths = paths or PATHS
+        sequences = functools.partial(_sequence, tokens=tokens, prompt=prompt, length=length)
+        drawn = images or with_images.drawn()
+        if grad:
+            tasks = gradient_tasks(wanted.plain, sequences, dtypes, ours, where)
+            tasks += gradient_tasks(shown, sequences, dtypes, ours, where, drawn)
+        else:
+            tasks = plain_tasks(wanted.plain, sequences, dtypes, through, where, stream, (), reference)
+            tasks += plain_tasks(shown, sequences, dtypes, shown_through, where, stream, drawn, reference)
+            tasks += quantized_tasks(wanted.quantized, sequences, dtypes, paths, where, stream)
+        many = 1 if checkpoints else processes_for(where)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            steps = engine.steps(len(wanted.plain), len(dtypes), through, reference, stream)
-            steps += engine.steps(len(shown), len(dtypes), shown_through, reference, stream)
-            steps += len(wanted.quantized) * quantized.steps(dtypes, paths)
-            task = progress.add_task("", total=steps + 1, completed=-1)
-            options = where, stream, lambda what: progress.update(task, advance=1, description=what)
-
-            def sequence_of(config: "TextConfig", path: Path) -> list[int]:
-                return _sequence(config, path, tokens, prompt, length)
-
-            drawn = images or with_images.drawn()
-            if grad:
-                progress.update(task, total=1 + gradients.steps(len(wanted.plain) + len(shown), len(dtypes), ours))
-                to = ours, dtypes, where, options[-1]
-                result = gradients.run(wanted.plain, sequence_of, *to)
-                result += gradients.run(shown, sequence_of, *to, drawn)
-            else:
-                result = engine.run(wanted.plain, sequence_of, dtypes, through, *options, reference=reference)
-                result += engine.run(shown, sequence_of, dtypes, shown_through, *options, drawn, reference)
-                for target in wanted.quantized:
-                    at = target.original or target.candidate.path
-                    sequence = with_images.place(at, sequence_of(TextConfig.from_file(at), at), ())[0]
-                    quantized.run(result, target, sequence, dtypes, paths, *options)
+            task = progress.add_task("", total=sum(piece.steps for piece in tasks) + 1, completed=-1)
+            result = run_tasks(tasks, many, lambda what: progress.update(task, advance=1, description=what))
     report.write(result, output, _meta(result, where))
     report.print_table(result, Console())
     if without_jax:

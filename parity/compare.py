@@ -16,6 +16,7 @@ from parity.budget import Check
 from parity.metrics import LogitMetrics, Metrics, blocks, measure, measure_logits, measure_positions, reached
 
 Taps = Mapping[str, Tensor]
+_CHOICE = ".choice"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TapResult:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first tap, in execution order, that is out of budget."""
+    """The first tap, in execution order, that is out of budget, or a router's choice that no rounding explains."""
 
     tap: str
     row: int
@@ -67,7 +68,7 @@ class Flip:
     row: int
     position: int
     margin: float
-    """Truth's probability of its last chosen expert minus that of its first rejected one."""
+    """Truth's probability of the likeliest expert that was left out, minus that of the least likely one taken in."""
     allowed: float
     """The largest margin that errors within budget can overturn: twice the probability error allowed."""
 
@@ -116,9 +117,15 @@ class Comparison:
 
     @property
     def first_divergence(self) -> Divergence | None:
+        bugs = {f"layers.{flip.layer}.router": flip for flip in reversed(self.bugs)}
         for tap in self.taps:
             if tap.red:
                 break
+            if flip := bugs.get(tap.name):
+                # The probabilities are in budget and what was made of them is not.
+                name, ratio = f"layers.{flip.layer}{_CHOICE}", budget.K * flip.margin / flip.allowed
+                at = flip.row, flip.position
+                return Divergence(name, *at, "created", "choice", flip.margin, flip.allowed, ratio)
         else:
             return None
         name, check = max(((n, c) for n, c in tap.checks.items() if c.red), key=lambda item: item[1].ratio)
@@ -168,7 +175,7 @@ def compare(
         return errors[kind, name]
 
     for name, t in truth.items():
-        if name not in candidate:
+        if name not in candidate or name.endswith(_CHOICE):
             continue
         c = candidate[name]
         if c.shape[1:] != t.shape[1:]:
@@ -187,7 +194,9 @@ def compare(
         measured.append((name, total, own, created, own_local))
         if name.endswith(".router") and top_k:
             choices += total.reached
-            flips += _flips(int(name.split(".")[1]), c, t, top_k, _overturned([r[name] for r in references], t, dtype))
+            chosen = candidate.get(name.removesuffix("router") + "choice")
+            allowed = _overturned([r[name] for r in references], t, dtype)
+            flips += _flips(int(name.split(".")[1]), c, t, chosen, top_k, allowed)
 
     results = []
     for name, total, own, created, own_local in measured:
@@ -238,15 +247,22 @@ def _overturned(references: Sequence[Tensor], truth: Tensor, dtype: torch.dtype)
     return 2 * (budget.K * errors.clamp(min=float(typical)) + budget.floor(dtype))
 
 
-def _flips(layer: int, candidate: Tensor, truth: Tensor, top_k: int, allowed: Tensor) -> list[Flip]:
+def _flips(
+    layer: int, candidate: Tensor, truth: Tensor, chosen: Tensor | None, top_k: int, allowed: Tensor
+) -> list[Flip]:
+    """Positions for which other experts were `chosen` [B, L, k] than the truth's probabilities rank first."""
     out = []
     for c, t, where in blocks(candidate, truth):
-        chosen_c, chosen_t = (x.topk(top_k).indices.sort(-1).values for x in (c, t))
-        for i in (chosen_c != chosen_t).any(-1).nonzero()[:, 0].tolist():
-            ranked = t[i].sort(descending=True).values
+        own = c.topk(top_k).indices if chosen is None else chosen[where[:, 0], where[:, 1]].to(c.device).long()
+        mine, theirs = (
+            torch.zeros_like(t, dtype=torch.bool).scatter_(1, x, True) for x in (own, t.topk(top_k).indices)
+        )
+        for i in (mine != theirs).any(-1).nonzero()[:, 0].tolist():
+            # Whatever was left out for whatever was taken in: one expert taken twice counts as the least likely.
+            taken = t[i][mine[i] & ~theirs[i]]
+            margin = float(t[i][theirs[i] & ~mine[i]].max() - (taken.min() if len(taken) else 0))
             row, position = where[i].tolist()
-            margin, limit = float(ranked[top_k - 1] - ranked[top_k]), float(allowed[row % len(allowed), position])
-            out.append(Flip(layer, row, position, margin, limit))
+            out.append(Flip(layer, row, position, margin, float(allowed[row % len(allowed), position])))
     return out
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from gemma4_impl.checkpoint import Weights, is_quantized, open_checkpoint
 from gemma4_impl.config import RopeParameters, TextConfig
 from gemma4_impl.quant.recipe import QuantRecipe, plan
+from gemma4_impl.taps import tap_names
 from parity import PATHS
 from parity.candidate import TorchCandidate
 from parity.compare import routing_of
@@ -253,9 +254,10 @@ def damage(original: Path, base: Baseline, device: torch.device | str = "cpu", s
     local = reference.capture([base.tokens], routing=base.routing, forced=base.forced)
     theirs = routing_of(truth, base.config.top_k_experts)
     changed = [(base.routing[at].sort(-1).values != theirs[at].sort(-1).values).any(-1) for at in theirs]
+    names = tap_names(base.config)
     return Damage(
-        taps={name: measure(base.truth[name], value).rel_l2 for name, value in truth.items()},
-        created={name: measure(value, base.truth[name]).rel_l2 for name, value in local.items()},
+        taps={name: measure(base.truth[name], truth[name]).rel_l2 for name in names},
+        created={name: measure(local[name], base.truth[name]).rel_l2 for name in names},
         logits=measure_logits(base.truth["logits"], truth["logits"]),
         perplexity=(perplexity(truth["logits"], base.tokens), perplexity(base.truth["logits"], base.tokens)),
         choices=sum(layer.numel() for layer in changed),

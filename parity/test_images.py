@@ -48,7 +48,8 @@ def test_truth_is_float64_and_the_same_in_chunks(variant, tiny_images):
     reference = HFReference(path, truth=True)
     tokens, images = prompt(reference, path)
     truth = reference.capture([tokens], images=images)
-    assert list(truth) == taps.vision_tap_names(reference.vision) + taps.tap_names(reference.config)
+    names = taps.vision_tap_names(reference.vision) + taps.tap_names(reference.config)
+    assert list(truth) == names + taps.choice_names(reference.config)
     assert all(value.dtype == torch.float64 for value in truth.values())
     assert truth["vision.patch_embed"].shape[:2] == images.positions.shape[:2]
     assert truth["vision.proj"].shape[:2] == (len(images.positions), max(images.num_soft_tokens))

@@ -128,6 +128,7 @@ class HFReference:
         names = taps.tap_names(self.config)
         if self.vision is not None:
             names = taps.vision_tap_names(self.vision) + names
+        names += taps.choice_names(self.config)
         return {name: out[name] for name in names if name in out}
 
     def _encode(self, images: "ProcessedImages | None") -> Tensor | None:

@@ -79,7 +79,8 @@ class TappedModel:
 
     @property
     def tap_names(self) -> list[str]:
-        return taps.tap_names(self.config)
+        """The text model's taps, then what its routers chose."""
+        return taps.tap_names(self.config) + taps.choice_names(self.config)
 
     def encode(self, recorder: Recorder, images: ProcessedImages) -> list[np.ndarray]:
         """The soft tokens [n, D] of each image, with the tower's taps."""

@@ -9,7 +9,7 @@ from gemma4_impl import taps
 from gemma4_impl.config import VARIANTS, TextConfig
 from gemma4_impl.model import decoder, moe
 from gemma4_impl.model.decoder import Gemma4
-from gemma4_impl.taps import Recorder, recording, tap_names
+from gemma4_impl.taps import Recorder, choice_names, recording, tap_names
 from reference.tiny import TINY
 
 LENGTH = 21
@@ -39,9 +39,17 @@ def record(model: Gemma4, *args, length: int = LENGTH, **kwargs) -> tuple[Record
 # Vocabulary
 
 
+def recorded(config: TextConfig) -> list[str]:
+    """The taps in order, a router's choice after its probabilities."""
+    names, choices = [], iter(choice_names(config))
+    for name in tap_names(config):
+        names += [name, next(choices)] if name.endswith(".router") else [name]
+    return names
+
+
 def test_the_model_emits_the_vocabulary_in_order(model):
     recorder, logits = record(model, prompt(model))
-    assert recorder.order == list(recorder.values) == tap_names(model.config)
+    assert recorder.order == list(recorder.values) == recorded(model.config)
     assert torch.equal(recorder.values["logits"], logits)
     assert all(value.isfinite().all() for value in recorder.values.values())
 
@@ -105,7 +113,7 @@ def test_chunks_and_padding_fill_the_same_tensors(model):
                 chunk[row, left : left + count] = tokens[row, start : start + count]
                 positions[row, left : left + count] = torch.arange(start, start + count)
             model(chunk, positions, cache)
-    assert recorder.order == tap_names(model.config)
+    assert recorder.order == recorded(model.config)
     for row, length in enumerate(lengths):
         want, _ = record(model, tokens[row : row + 1, :length], length=length)
         for name, value in recorder.values.items():
@@ -235,4 +243,4 @@ def test_one_recorder_at_a_time_and_none_after_an_error():
     assert taps.route("", value) is value
     with recording(Recorder(1, 1)) as recorder:
         model(torch.tensor([[1]]))
-    assert recorder.order == tap_names(model.config)
+    assert recorder.order == recorded(model.config)

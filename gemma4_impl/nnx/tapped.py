@@ -61,7 +61,7 @@ class Tapped:
         recorder = Traced(forced, routing)
         with taps.recording(recorder):
             out = nnx.merge(self._graphdef, state)(*args, **dict(static))
-        return out, recorder.seen
+        return out, recorder.seen | recorder.chosen
 
 
 class Traced:
@@ -71,6 +71,7 @@ class Traced:
         self.forced, self.routing = forced, routing
         self.seen: dict[str, tuple[Array, Array]] = {}
         self.routed: dict[str, Array] = {}
+        self.chosen: dict[str, tuple[Array, Array]] = {}
 
     def at(self, positions: Array) -> None:
         self._positions = positions
@@ -81,6 +82,7 @@ class Traced:
 
     def route(self, prefix: str, index: Array) -> Array:
         self.routed[prefix] = index
+        self.chosen[prefix + "choice"] = self._positions, index.astype(jnp.float32)
         return self._replaced(index, self.routing.get(prefix))
 
     def _replaced(self, value: Array, forced: Array | None) -> Array:

@@ -35,16 +35,29 @@ def gate_and_up_alternate(layer: DecoderLayer) -> None:
     weight.copy_(torch.cat([weight[:, ::2], weight[:, 1::2]], dim=1))
 
 
-def router_weights(weigh: Callable[[Router, Tensor, Tensor], Tensor]) -> Inject:
+def router_choice(choose: Callable[[Tensor, int], Tensor]) -> Inject:
+    """`choose(probs [B, T, E], k)` gives the experts [B, T, k]."""
+    return router_weights(scaled_after_renormalising, choose)
+
+
+def router_weights(
+    weigh: Callable[[Router, Tensor, Tensor], Tensor],
+    choose: Callable[[Tensor, int], Tensor] = lambda probs, k: probs.topk(k).indices,
+) -> Inject:
     """`weigh(router, probs [B, T, E], index [B, T, k])` makes the weights of the chosen experts."""
 
     def forward(self: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         x = F.rms_norm(x, x.shape[-1:], self.scale, self.eps) * x.shape[-1] ** -0.5
         probs = taps.tap(self.prefix, "router", self.proj(x).softmax(dim=-1))
-        index = taps.route(self.prefix, probs.topk(self.top_k).indices)
+        index = taps.route(self.prefix, choose(probs, self.top_k))
         return weigh(self, probs, index), index
 
     return each_layer(lambda layer: override(layer.router, "forward", forward))
+
+
+def scaled_after_renormalising(router: Router, probs: Tensor, index: Tensor) -> Tensor:
+    weights = probs.gather(-1, index)
+    return weights / weights.sum(dim=-1, keepdim=True) * router.per_expert_scale[index]
 
 
 def not_renormalised(router: Router, probs: Tensor, index: Tensor) -> Tensor:
@@ -165,6 +178,20 @@ BRANCHES = [
         "the router's D**-0.5 is left out",
         each_layer(lambda layer: layer.router.scale.mul_(len(layer.router.scale) ** 0.5)),
         _ROUTER,
+        MOE,
+    ),
+    Fault(
+        "router_takes_next",
+        "the experts are counted from the second likeliest on",
+        router_choice(lambda probs, k: probs.topk(k + 1).indices[..., 1:]),
+        first("choice"),
+        MOE,
+    ),
+    Fault(
+        "router_takes_least",
+        "the least likely experts are chosen: a sort in the wrong direction",
+        router_choice(lambda probs, k: (-probs).topk(k).indices),
+        first("choice"),
         MOE,
     ),
     Fault(

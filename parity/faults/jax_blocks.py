@@ -172,13 +172,21 @@ def sorting(**steps: Any) -> Inject:
     return each_layer(change)
 
 
-def router_weights(weigh: Callable[[Router, Array, Array], Array]) -> Inject:
+def router_choice(choose: Callable[[Array, int], Array]) -> Inject:
+    """`choose(probs [B, T, E], k)` gives the experts [B, T, k]."""
+    return router_weights(scaled_after_renormalising, choose)
+
+
+def router_weights(
+    weigh: Callable[[Router, Array, Array], Array],
+    choose: Callable[[Array, int], Array] = lambda probs, k: jax.lax.top_k(probs, k)[1],
+) -> Inject:
     """`weigh(router, probs [B, T, E], index [B, T, k])` makes the weights of the chosen experts."""
 
     def call(self: Router, x: Array) -> tuple[Array, Array]:
         x = self.norm(x) * self.scale[...] * x.shape[-1] ** -0.5
         probs = taps.tap(self.prefix, "router", jax.nn.softmax(self.proj(x), axis=-1))
-        index = taps.route(self.prefix, jax.lax.top_k(probs, self.top_k)[1])
+        index = taps.route(self.prefix, choose(probs, self.top_k))
         return weigh(self, probs, index), index
 
     return each_layer(lambda layer: override(layer.router, __call__=call))
@@ -186,6 +194,11 @@ def router_weights(weigh: Callable[[Router, Array, Array], Array]) -> Inject:
 
 def chosen(probs: Array, index: Array) -> Array:
     return jnp.take_along_axis(probs, index, axis=-1)
+
+
+def scaled_after_renormalising(router: Router, probs: Array, index: Array) -> Array:
+    weights = chosen(probs, index)
+    return weights / weights.sum(axis=-1, keepdims=True) * router.per_expert_scale[...][index]
 
 
 def not_renormalised(router: Router, probs: Array, index: Array) -> Array:
@@ -306,6 +319,8 @@ BRANCHES = [
         "router_root_missing",
         each_layer(lambda layer: assign(layer.router.scale, lambda w: w * len(w) ** 0.5)),
     ),
+    same("router_takes_next", router_choice(lambda probs, k: jax.lax.top_k(probs, k + 1)[1][..., 1:])),
+    same("router_takes_least", router_choice(lambda probs, k: jax.lax.top_k(-probs, k)[1])),
     same("router_not_renormalised", router_weights(not_renormalised)),
     same("per_expert_scale_missing", each_layer(lambda layer: ones(layer.router.per_expert_scale))),
     same("moe_pre_norms_swapped", swap("pre_feedforward_layernorm", "pre_feedforward_layernorm_2")),
