@@ -22,7 +22,7 @@ class Tapped:
         self._graphdef, self._state = nnx.split(model)
         self._jitted = jax.jit(self._traced, static_argnames="static")
         self._inputs: tuple[taps.Recorder | None, tuple] = (None, ())
-        self._shapes: dict[Any, tuple[dict, dict]] = {}
+        self._shapes: tuple[Any, tuple[dict, dict]] | None = None
 
     def __call__(self, recorder: taps.Recorder, *args: Any, **static: Any) -> Any:
         """What `model(*args, **static)` returns; `args` are arrays or pytrees, `static` is compiled in."""
@@ -36,15 +36,17 @@ class Tapped:
 
     def _forced(self, recorder: taps.Recorder, args: tuple) -> tuple[dict[str, Array], dict[str, Array]]:
         """Values of every tap and choice that could be forced, for positions [B, L] of the sequence."""
-        leaves, tree = jax.tree.flatten(args)
-        key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if key not in self._shapes:
-            self._shapes[key] = jax.eval_shape(self._reached, self._state, args)
+        sizes = [leaf.shape for leaf in jax.tree.leaves(args)]
+        # The tower's taps are as large as what it is given; the others' features are always the same.
+        before, shapes = self._shapes or (None, None)
+        if before != sizes and (shapes is None or any(name.startswith(taps.VISION) for name in shapes[0])):
+            shapes = jax.eval_shape(self._reached, self._state, args)
+            self._shapes = sizes, shapes
         wide = jax.dtypes.canonicalize_dtype(np.float64)
         out: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
         given = (recorder.forced, wide, np.nan), (recorder.routing, np.int32, -1)
-        for part, shapes, (values, dtype, nothing) in zip(out, self._shapes[key], given, strict=True):
-            for name, shape in shapes.items():
+        for part, known, (values, dtype, nothing) in zip(out, shapes, given, strict=True):
+            for name, shape in known.items():
                 size = shape.shape[:2] if name.startswith(taps.VISION) else (recorder.batch, recorder.length)
                 own = values.get(name)
                 blank = np.full((*size, *shape.shape[2:]), nothing, dtype) if own is None else to_numpy(own)
