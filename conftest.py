@@ -1,12 +1,18 @@
 """Shared fixtures; benchmarks are collected only when asked for; tests that need hardware skip with a reason."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 # JAX reads these when it is imported: eight devices of a CPU, and of a GPU no more memory than is used.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Processes of one run, which inherit it, compile a program once between them; the next run starts from nothing.
+    _compiled = tempfile.TemporaryDirectory(prefix="gemma4-jax-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest
 import torch

@@ -117,7 +117,7 @@ def baseline(
     model = open_reference(reference, checkpoint, dtype, truth=True, device=where, **own)
     config = model.config
     truth = model.capture([tokens], images=images)
-    forced = {n: value for n, value in truth.items() if model.forceable(n) and not n.endswith(".choice")}
+    forced = {name: value for name, value in truth.items() if model.forceable(name)}
     routing = routing_of(truth, config.top_k_experts)
     del model
     gc.collect()

@@ -170,9 +170,10 @@ class HFReference:
         return told
 
     def forceable(self, name: str) -> bool:
-        """Whether `forced` reaches this tap: sums that transformers never hands to a module are read, not replaced."""
+        """Whether `forced` reaches this tap: sums that transformers never hands to a module are read, not replaced, and
+        what routers chose is replaced by `routing`."""
         last_sum = "resid_ple" if self.config.hidden_size_per_layer_input else "resid_mlp"
-        return not name.endswith("." + last_sum)
+        return not name.endswith(("." + last_sum, ".choice"))
 
     def _to_float64(self) -> None:
         self.model.double()

@@ -203,8 +203,8 @@ class JaxReference:
         return {name: values[name] for name in names if name in values}
 
     def forceable(self, name: str) -> bool:
-        """Whether `forced` reaches this tap: always."""
-        return True
+        """Whether `forced` reaches this tap: all but what routers chose, which `routing` is for."""
+        return not name.endswith(".choice")
 
 
 def padded(parts: Sequence[slice], sizes: Sequence[int]) -> tuple[list[Feed], int]:

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.utils import logging
 
-from gemma4_impl.taps import tap_names
+from gemma4_impl.taps import choice_names, tap_names
 from parity.candidate import TorchCandidate
 from reference import hf
 from reference.hf import HFReference
@@ -48,7 +48,7 @@ def forceable(reference: HFReference, taps: Taps) -> Taps:
 def test_truth_is_float64_at_every_tap(variant, truths):
     """Two orders of summing, eager and sdpa, agree to float64's rounding: nothing on the way was narrower."""
     reference, truth = truths[variant]
-    assert list(truth) == tap_names(reference.config)
+    assert list(truth) == tap_names(reference.config) + choice_names(reference.config)
     assert all(value.dtype == torch.float64 for value in truth.values())
     reference.use("sdpa")
     other = reference.capture([TOKENS])
@@ -205,7 +205,7 @@ def test_forced_truth_leaves_only_local_error(variant, truths, tiny):
     """With the truth in every tap each is computed from the truth: none in float64, one step's rounding in float32."""
     reference, truth = truths[variant]
     forced = forceable(reference, truth)
-    assert {name.rsplit(".", 1)[-1] for name in truth.keys() - forced.keys()} <= {"resid_ple", "resid_mlp"}
+    assert {name.rsplit(".", 1)[-1] for name in truth.keys() - forced.keys()} <= {"resid_ple", "resid_mlp", "choice"}
     again = reference.capture([TOKENS], forced=forced)
     assert max(errors(again, truth).values()) <= 1e-15
     ours = TorchCandidate(tiny(variant), torch.float64, weights=torch.float32).capture(TOKENS, forced=forced)
