@@ -130,6 +130,8 @@ def test_the_truth_is_the_slope_of_the_loss(variant, base_of):
 @pytest.mark.parametrize("variant", SHORT)
 @pytest.mark.parametrize("candidate", ["torch", "jax"])
 def test_every_gradient_is_in_budget(candidate, variant, dtype, base_of):
+    if (candidate, dtype) == ("jax", torch.bfloat16) and variant in ("E4B", "31B"):
+        pytest.skip("compiling takes its time; `gemma4 parity --grad` runs it")
     path, base = base_of(variant, dtype)
     result = grad.judge(grad.open_candidate(candidate, path, dtype, "cpu"), base)
     assert not result.red, (result.first_divergence, result.missing)
