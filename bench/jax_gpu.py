@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 
 from gemma4_impl.config import VARIANTS, TextConfig
@@ -66,7 +67,8 @@ def filled_cache(config: TextConfig, context: int, room: int) -> KVCache:
 
 
 def copy_speed() -> float:
-    """Bytes read and written a second: the best of several ways to copy 4 GiB."""
+    """Bytes read and written a second: the best of several ways to copy 4 GiB. JAX's own depend on how they come to be
+    compiled; PyTorch's is the memory's, where PyTorch has the GPU too."""
     x = jnp.zeros(1 << 30, jnp.uint32)
     ways = {
         "add": lambda x: x + 1,
@@ -77,8 +79,27 @@ def copy_speed() -> float:
     for name, way in ways.items():
         copy = jax.jit(way)
         found[name] = 2 * x.nbytes / min(_seconds(lambda copy=copy: copy(x)) for _ in range(8))
+    if torch.cuda.is_available():
+        found["torch"] = _torch_copy_speed()
     print("copied, GB/s:", {name: round(speed / 1e9) for name, speed in found.items()}, flush=True)
     return max(found.values())
+
+
+def _torch_copy_speed() -> float:
+    source = torch.zeros(1 << 30, dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    speed = 2 * source.nbytes / min(times)
+    del source, target
+    torch.cuda.empty_cache()
+    return speed
 
 
 def decode_speed(engine: Generator, context: int) -> dict[str, Any]:
