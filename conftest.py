@@ -21,6 +21,14 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`-m parity` runs on all cores, up to eight, unless -n says otherwise: compiling takes most of its time."""
+    chosen = getattr(config.option, "numprocesses", None)
+    if config.option.markexpr == "parity" and chosen is None and not config.option.usepdb:
+        config.option.numprocesses = min(os.cpu_count() or 1, 8)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Unless files are named, --benchmark-only collects `bench/` and nothing else, and other runs all but it."""
     if config.args_source is pytest.Config.ArgsSource.ARGS:
