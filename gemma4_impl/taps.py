@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 VISION = "vision."
 """Begins the names of the vision tower's taps [I, P, ...], of I images; those after pooling are [I, L, ...]."""
 
+CHOICE = ".choice"
+"""Ends the names of what routers chose, see `choice_names`."""
+
 
 def vision_tap_names(config: "VisionConfig") -> list[str]:
     """Every tap of a vision tower and its projector, in execution order."""
@@ -44,7 +47,15 @@ def tap_names(config: TextConfig) -> list[str]:
 def choice_names(config: TextConfig) -> list[str]:
     """What every router chose, `layers.{i}.choice` [B, T, k], recorded beside the taps: experts as floats, so that NaN
     can mark positions that were not computed."""
-    return [f"layers.{layer.index}.choice" for layer in config.layers if config.enable_moe_block]
+    return [f"layers.{layer.index}{CHOICE}" for layer in config.layers if config.enable_moe_block]
+
+
+def in_order(
+    values: Mapping[str, Tensor], config: TextConfig, vision: "VisionConfig | None" = None
+) -> dict[str, Tensor]:
+    """What was recorded of a model, with its tower if it has one, in execution order; then the routers' choices."""
+    names = ([] if vision is None else vision_tap_names(vision)) + tap_names(config) + choice_names(config)
+    return {name: values[name] for name in names if name in values}
 
 
 class Recorder:

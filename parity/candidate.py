@@ -18,7 +18,7 @@ from gemma4_impl.model.soft_tokens import SoftTokens
 from gemma4_impl.taps import Recorder
 from gemma4_impl.vision.images import ImageEncoder
 from gemma4_impl.vision.processing import ProcessedImages
-from reference.chunks import chunks
+from reference.chunks import chunks, shown_in
 
 RAGGED = (7, 1, 12, 3, 5, 2, 9)
 
@@ -81,22 +81,18 @@ class TorchCandidate:
         paths' shorter row is cut, so that an image whose tokens see each other both ways stays whole."""
         image = None if images is None else (self.encoder.config.image_token_id, images)
         rows, recorder = batch(tokens, path, glob, forced, routing, image)
-        names = taps.tap_names(self.config)
         with taps.recording(recorder):
             features: list[Tensor] = []
             if images is not None:
-                names = taps.vision_tap_names(self.encoder.config) + names
                 features = self.encoder.encode(images)
             self._run(rows, path, features)
-        values = recorder.values
-        names += taps.choice_names(self.config)
-        return {name: values[name] for name in names if name in values}
+        return taps.in_order(recorder.values, self.config, None if images is None else self.encoder.config)
 
     def _run(self, rows: list[list[int]], path: str, features: Sequence[Tensor] = ()) -> None:
         model, length = self.model, len(rows[0])
         tokens, positions = torch.tensor(rows[0], device=model.device)[None], None
         if path.endswith("_padded"):
-            tokens, positions = _pad(rows, left=path == "left_padded", device=model.device)
+            tokens, positions = pad(rows, left=path == "left_padded", device=model.device)
         soft = self._soft(tokens, features) if features else None
         if path == "full":
             model(tokens, images=soft)
@@ -122,12 +118,7 @@ class TorchCandidate:
 
     def _soft(self, tokens: Tensor, features: Sequence[Tensor]) -> SoftTokens:
         """Images of each row of tokens [B, L], which are those of the first row or the first few of them."""
-        shown: list[Tensor] = []
-        for row in tokens:
-            left = int((row == self.encoder.config.image_token_id).sum())
-            for feature in features:
-                left -= len(feature)
-                shown += [feature] if left >= 0 else []
+        shown = shown_in(tokens, self.encoder.config.image_token_id, features)
         return self.encoder.merge(tokens, shown, self.model.dtype)
 
 
@@ -171,7 +162,7 @@ def batch(
     return rows, Recorder(len(rows), len(tokens), glob, every, routes)
 
 
-def _pad(rows: list[list[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(rows: list[list[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens and positions [B, L] of rows padded on one side; padding is token 0 at position -1."""
     length = max(len(row) for row in rows)
     tokens, positions = [], []

@@ -12,7 +12,7 @@ from gemma4_impl.nnx.decoder import Gemma4
 from gemma4_impl.nnx.images import ImageEncoder
 from gemma4_impl.nnx.soft_tokens import SoftTokens
 from gemma4_impl.vision.processing import ProcessedImages
-from parity.candidate import RAGGED, _pad, batch
+from parity.candidate import RAGGED, batch, pad
 from reference.chunks import chunks
 from reference.jax import Feed, TappedModel, padded
 
@@ -60,18 +60,14 @@ class JaxCandidate:
         """As `TorchCandidate.capture`."""
         image = None if images is None else (self.encoder.config.image_token_id, images)
         rows, recorder = batch(tokens, path, glob, forced, routing, image)
-        names, features = self._runs.tap_names, []
-        if images is not None:
-            names = taps.vision_tap_names(self.encoder.config) + names
-            features = self._runs.encode(recorder, images)
+        features = [] if images is None else self._runs.encode(recorder, images)
         ids, positions = torch.tensor(rows[:1]), None
         if path.endswith("_padded"):
-            ids, positions = _pad(rows, left=path == "left_padded", device="cpu")
+            ids, positions = pad(rows, left=path == "left_padded", device="cpu")
         soft = self._runs.merge(ids, features) if features else None
         feeds, most = self._feeds(path, len(tokens), soft)
         self._runs.feed(recorder, ids, feeds, positions=positions, soft=soft, max_chunk=most)
-        values = recorder.values
-        return {name: values[name] for name in names if name in values}
+        return taps.in_order(recorder.values, self.config, None if images is None else self.encoder.config)
 
     def _feeds(self, path: str, length: int, soft: SoftTokens | None) -> tuple[list[Feed], int | None]:
         """The calls of the model, and what its cache is made for; None for no cache."""

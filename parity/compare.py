@@ -10,13 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gemma4_impl.taps import VISION
+from gemma4_impl.taps import CHOICE, VISION
 from parity import budget
 from parity.budget import Check
 from parity.metrics import LogitMetrics, Metrics, blocks, measure, measure_logits, measure_positions, reached
 
 Taps = Mapping[str, Tensor]
-_CHOICE = ".choice"
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Comparison:
                 break
             if flip := bugs.get(tap.name):
                 # The probabilities are in budget and what was made of them is not.
-                name, ratio = f"layers.{flip.layer}{_CHOICE}", budget.K * flip.margin / flip.allowed
+                name, ratio = f"layers.{flip.layer}{CHOICE}", budget.K * flip.margin / flip.allowed
                 at = flip.row, flip.position
                 return Divergence(name, *at, "created", "choice", flip.margin, flip.allowed, ratio)
         else:
@@ -175,7 +174,7 @@ def compare(
         return errors[kind, name]
 
     for name, t in truth.items():
-        if name not in candidate or name.endswith(_CHOICE):
+        if name not in candidate or name.endswith(CHOICE):
             continue
         c = candidate[name]
         if c.shape[1:] != t.shape[1:]:

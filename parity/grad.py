@@ -16,7 +16,7 @@ from gemma4_impl.config import TextConfig
 from gemma4_impl.model.soft_tokens import SoftTokens
 from gemma4_impl.vision.processing import ImageSource, ProcessedImages
 from parity import budget
-from parity.candidate import TorchCandidate, _pad
+from parity.candidate import TorchCandidate, pad
 from parity.candidate import batch as rows_of
 from parity.compare import Comparison, TapResult, Taps, routing_of
 from parity.engine import DTYPES, Case, Report
@@ -106,8 +106,8 @@ class Batch:
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions (-1 in padding) and targets [B, L], padded on the right."""
-        tokens, positions = _pad(self.rows, left=False, device="cpu")
-        targets, _ = _pad(self.targets, left=False, device="cpu")
+        tokens, positions = pad(self.rows, left=False, device="cpu")
+        targets, _ = pad(self.targets, left=False, device="cpu")
         return tokens, positions, targets.bool()
 
 

@@ -126,12 +126,14 @@ def test_the_truth_is_the_slope_of_the_loss(variant, base_of):
 # Ours
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", SHORT)
-@pytest.mark.parametrize("candidate", ["torch", "jax"])
+# JAX in bfloat16 compiles two of them here; `gemma4 parity --grad` runs all.
+CASES = [("torch", variant, dtype) for variant in SHORT for dtype in (torch.float32, torch.bfloat16)]
+CASES += [("jax", variant, torch.float32) for variant in SHORT]
+CASES += [("jax", variant, torch.bfloat16) for variant in ("E2B", "26B-A4B")]
+
+
+@pytest.mark.parametrize(("candidate", "variant", "dtype"), CASES, ids=str)
 def test_every_gradient_is_in_budget(candidate, variant, dtype, base_of):
-    if (candidate, dtype) == ("jax", torch.bfloat16) and variant in ("E4B", "31B"):
-        pytest.skip("compiling takes its time; `gemma4 parity --grad` runs it")
     path, base = base_of(variant, dtype)
     result = grad.judge(grad.open_candidate(candidate, path, dtype, "cpu"), base)
     assert not result.red, (result.first_divergence, result.missing)

@@ -1,10 +1,13 @@
-"""How a sequence with images in it is cut into chunks."""
+"""How sequences with images in them are cut into chunks, and which images a shorter one of them has."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_Features = TypeVar("_Features")
 
 
 def chunks(length: int, sizes: Sequence[int], whole: Tensor | None = None) -> list[slice]:
@@ -21,3 +24,14 @@ def chunks(length: int, sizes: Sequence[int], whole: Tensor | None = None) -> li
         out.append(slice(start, stop))
         start = stop
     return out
+
+
+def shown_in(tokens: Tensor, image_token_id: int, features: Iterable[_Features]) -> list[_Features]:
+    """The soft tokens [n, D] of each row's images, tokens [B, L]: all of `features`, or the first few of them."""
+    shown = []
+    for row in tokens:
+        left = int((row == image_token_id).sum())
+        for feature in features:
+            left -= len(feature)
+            shown += [feature] if left >= 0 else []
+    return shown

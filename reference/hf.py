@@ -125,11 +125,7 @@ class HFReference:
                 if name not in out:
                     out[name] = value.new_full((len(rows), length, *value.shape[2:]), torch.nan)
                 out[name][b, :T] = value[0]
-        names = taps.tap_names(self.config)
-        if self.vision is not None:
-            names = taps.vision_tap_names(self.vision) + names
-        names += taps.choice_names(self.config)
-        return {name: out[name] for name in names if name in out}
+        return taps.in_order(out, self.config, self.vision)
 
     def _encode(self, images: "ProcessedImages | None") -> Tensor | None:
         """The soft tokens of all images [n, D], by the model's own method."""
@@ -173,7 +169,7 @@ class HFReference:
         """Whether `forced` reaches this tap: sums that transformers never hands to a module are read, not replaced, and
         what routers chose is replaced by `routing`."""
         last_sum = "resid_ple" if self.config.hidden_size_per_layer_input else "resid_mlp"
-        return not name.endswith(("." + last_sum, ".choice"))
+        return not name.endswith(("." + last_sum, taps.CHOICE))
 
     def _to_float64(self) -> None:
         self.model.double()

@@ -25,6 +25,7 @@ from gemma4_impl.nnx.tapped import Tapped
 from gemma4_impl.taps import Recorder
 from gemma4_impl.vision.processing import ProcessedImages
 from reference.chunks import chunks as cut
+from reference.chunks import shown_in
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,6 @@ class TappedModel:
         with self.settings():
             return ImageEncoder.from_pretrained(self._path, **self._dtypes)
 
-    @property
-    def tap_names(self) -> list[str]:
-        """The text model's taps, then what its routers chose."""
-        return taps.tap_names(self.config) + taps.choice_names(self.config)
-
     def encode(self, recorder: Recorder, images: ProcessedImages) -> list[np.ndarray]:
         """The soft tokens [n, D] of each image, with the tower's taps."""
         images = images.trimmed()
@@ -92,12 +88,7 @@ class TappedModel:
 
     def merge(self, tokens: Tensor, features: Sequence[np.ndarray]) -> SoftTokens:
         """Images of each row of tokens [B, L], which are those of the first row or the first few of them."""
-        shown: list[np.ndarray] = []
-        for row in tokens:
-            left = int((row == self.encoder.config.image_token_id).sum())
-            for feature in features:
-                left -= len(feature)
-                shown += [feature] if left >= 0 else []
+        shown = shown_in(tokens, self.encoder.config.image_token_id, features)
         return self.encoder.merge(tokens.numpy(), shown, self.model.dtype)
 
     def feed(
@@ -192,19 +183,17 @@ class JaxReference:
         at = torch.arange(length).expand(len(rows), length)
         positions = None if bool((ends == length).all()) else torch.where(at < ends, at, -1)
         recorder = Recorder(len(rows), length, glob, forced, routing)
-        soft, names = None, self.runs.tap_names
+        soft = None
         if images is not None:
             soft = self.runs.merge(tokens, self.runs.encode(recorder, images))
-            names = taps.vision_tap_names(self.runs.encoder.config) + names
         whole = torch.from_numpy(soft.mask) if soft is not None and soft.bidirectional else None
         feeds, most = padded(cut(length, chunks or [length], whole), chunks)
         self.runs.feed(recorder, tokens, feeds, positions=positions, soft=soft, max_chunk=most if chunks else None)
-        values = recorder.values
-        return {name: values[name] for name in names if name in values}
+        return taps.in_order(recorder.values, self.config, None if images is None else self.runs.encoder.config)
 
     def forceable(self, name: str) -> bool:
         """Whether `forced` reaches this tap: all but what routers chose, which `routing` is for."""
-        return not name.endswith(".choice")
+        return not name.endswith(taps.CHOICE)
 
 
 def padded(parts: Sequence[slice], sizes: Sequence[int]) -> tuple[list[Feed], int]:
