@@ -1,1 +1,1 @@
-"""Scaled dot-product attention for prefill and decode: naive.py is the definition, dispatch.py chooses who computes it."""
+"""Scaled dot-product attention for prefill and decode: naive.py defines it, dispatch.py chooses who computes it."""
