@@ -1,0 +1,519 @@
+// Attention of a few query tokens to a long cache: the keys are split over all multiprocessors, each warp streams its
+// own tiles of 16 keys through asynchronous copies, and the parts are merged in fixed order.
+//
+// Scores are computed transposed, S^T[16 keys, 8 rows] = K q^T and O^T[H, 8 rows] = V^T P^T, so that the 8 columns of
+// an m16n8k16 product hold the query rows (G heads x T tokens) that share a kv head.
+//
+// Macros: HEAD_DIM; GROUPS, the warps of a team, each with 8 of the query rows; TEAMS of a block, each with its own
+// tiles; SLOTS, the tiles of K or V that a team has in flight; CLUSTER, the blocks that merge through each other's
+// shared memory; POSITIONS, keys lie anywhere and `k_positions` says where; FUSED, the query and the newest key and
+// value come from the projections, one token a row.
+#include "common.cuh"
+
+constexpr int H = HEAD_DIM;
+constexpr int TILE = 16;
+constexpr int ROWS = 8 * GROUPS;
+constexpr int WARPS = GROUPS * TEAMS, THREADS = 32 * WARPS;
+constexpr int PITCH = 2 * H + 16;  // bytes of a key in shared memory: 8 of them start in different banks
+constexpr int SLOT = TILE * PITCH;
+constexpr int O_PITCH = H + 4;  // floats of a row of partial sums
+constexpr float NONE = -1e30f;  // below every score, yet finite: NONE - NONE is 0
+constexpr float SLACK = 8;      // weights may grow to 2^8 before the running maximum follows
+static_assert(GROUPS <= SLOTS, "the partial sums of a team take the place of its slots");
+
+struct Arguments {
+  const bf16* q;  // [B, N, T, H], or FUSED: [B, (N + 2K) H]
+  bf16 *k, *v;    // [B, K, C, H]
+  bf16* out;      // [B, T, N, H]
+  const void* length;  // [B]: tokens held, or FUSED: the new token's position
+  const i64 *q_positions, *k_positions;
+  const bf16 *q_norm, *k_norm;
+  const float* inv_freq;
+  float* partial;
+  u32* tickets;
+  i64 q_row, q_head, q_token, kv_row, kv_head, k_position_row;
+  i32 batch, heads, kv_heads, tokens, capacity, window, wide_length, k_eq_v;
+  float scale, eps;  // scale includes log2(e)
+};
+
+DEVICE u32 transposed(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+DEVICE float4 cluster_load4(u32 address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+// Ordinary accesses to shared memory come before later asynchronous copies to it.
+DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void add_scaled(float4& sum, float f, float4 x) {
+  sum.x += f * x.x, sum.y += f * x.y, sum.z += f * x.z, sum.w += f * x.w;
+}
+DEVICE int value_at(const void* p, int wide, int i) {
+  return wide ? static_cast<int>(static_cast<const i64*>(p)[i]) : static_cast<const i32*>(p)[i];
+}
+
+// Positions (POSITIONS: slots) lo .. hi - 1 hold every key that a query of the row may see.
+struct Range {
+  int lo, hi, first;  // first: the position of the first query
+  __device__ int tiles() const { return hi > lo ? (hi - lo + TILE - 1) / TILE : 1; }
+};
+DEVICE Range range_of(const Arguments& a, int b) {
+  if (POSITIONS) return {0, a.capacity, 0};
+  const int length = value_at(a.length, a.wide_length, b) + FUSED;
+  int first = length - a.tokens, lowest = max(first, 0), hi = length;
+  if (a.q_positions) {
+    lowest = length, hi = 0;
+    for (int t = 0; t < a.tokens; ++t) {
+      const int at = static_cast<int>(a.q_positions[static_cast<i64>(b) * a.tokens + t]);
+      if (at >= 0) lowest = min(lowest, at), hi = max(hi, at + 1);
+    }
+    hi = min(hi, length);
+  }
+  int lo = max(0, length - a.capacity);
+  if (a.window) lo = max(lo, lowest - a.window + 1);
+  return {lo, hi, first};
+}
+
+#if FUSED
+constexpr int PAIRS = H / 64;  // rotated pairs of dims (d, d + H / 2) that a lane holds
+struct Turn {
+  float cos[PAIRS], sin[PAIRS];
+};
+// The angle is a product of up to 42 bits: exact in float64, and reduced there.
+DEVICE Turn turn_of(const float* inv_freq, int position) {
+  Turn turn;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    double turns = static_cast<double>(position) * inv_freq[H / 2 + lane_id() * PAIRS + i] * 0.15915494309189535;
+    const float angle = static_cast<float>(turns - rint(turns)) * 6.283185307f;
+    turn.cos[i] = __cosf(angle), turn.sin[i] = __sinf(angle);
+  }
+  return turn;
+}
+struct Vector {
+  float low[PAIRS], high[PAIRS];
+};
+DEVICE Vector load_vector(const bf16* x) {
+  Vector y;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    y.low[i] = to_float(x[lane_id() * PAIRS + i]), y.high[i] = to_float(x[H / 2 + lane_id() * PAIRS + i]);
+  }
+  return y;
+}
+DEVICE void store_vector(bf16* x, const Vector& y) {
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    x[lane_id() * PAIRS + i] = to_bf16(y.low[i]), x[H / 2 + lane_id() * PAIRS + i] = to_bf16(y.high[i]);
+  }
+}
+DEVICE Vector normed(const Vector& x, float eps) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) sum += x.low[i] * x.low[i] + x.high[i] * x.high[i];
+  const float scale = rsqrtf(warp_sum(sum) / H + eps);
+  Vector y;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) y.low[i] = x.low[i] * scale, y.high[i] = x.high[i] * scale;
+  return y;
+}
+// Weighted and rounded as a norm's result, then rotated.
+DEVICE Vector rotated(const Vector& x, const Vector& weight, const Turn& turn) {
+  Vector y;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    const float low = round_bf16(x.low[i] * weight.low[i]), high = round_bf16(x.high[i] * weight.high[i]);
+    y.low[i] = low * turn.cos[i] - high * turn.sin[i], y.high[i] = high * turn.cos[i] + low * turn.sin[i];
+  }
+  return y;
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(128) u8 memory[];
+  u8* const slots = memory;                                    // [TEAMS][SLOTS][SLOT]
+  u8* const q_rows = slots + TEAMS * SLOTS * SLOT;             // [ROWS][PITCH]
+  u8* const newest = q_rows + ROWS * PITCH;                    // [2][PITCH], FUSED
+  float* const team_m = reinterpret_cast<float*>(newest + 2 * PITCH);  // [TEAMS][ROWS]
+  float* const team_l = team_m + TEAMS * ROWS;
+  float* const block_m = team_l + TEAMS * ROWS;  // [ROWS]
+  float* const block_l = block_m + ROWS;
+  u64* const full = reinterpret_cast<u64*>(block_l + ROWS);  // [TEAMS][SLOTS]
+  u64* const empty = full + TEAMS * SLOTS;
+  u32* const is_last = reinterpret_cast<u32*>(empty + TEAMS * SLOTS);
+  i32* const key_positions = reinterpret_cast<i32*>(is_last + 2);  // [WARPS][SLOTS][TILE], POSITIONS
+
+  const int lane = lane_id(), warp = threadIdx.x / 32, team = warp % TEAMS, group = warp / TEAMS;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+  const int G = a.heads / a.kv_heads, rows = G * a.tokens;
+
+  u64* const my_full = full + team * SLOTS;
+  u64* const my_empty = empty + team * SLOTS;
+  u8* const my_slots = slots + team * SLOTS * SLOT;
+  if (group == 0 && lane < SLOTS) {
+    barrier_init(my_full + lane, 1), barrier_init(my_empty + lane, GROUPS);
+    barrier_init_fence();
+  }
+  if (GROUPS == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  if (!FUSED) grid_wait(), grid_trigger();
+
+  // 1. This cluster's share of the list of (row, kv head, tile).
+  u32 total = 0;
+  for (int b = 0; b < a.batch; ++b) total += range_of(a, b).tiles();
+  u32 parts = min(clusters, total * a.kv_heads);
+  if (a.batch == 1 && a.kv_heads <= clusters) {
+    // A kv head is split no further than into a tile for every team.
+    const u32 useful = (total + CLUSTER * TEAMS - 1) / (CLUSTER * TEAMS);
+    parts = a.kv_heads * min(clusters / a.kv_heads, useful);
+  }
+  total *= a.kv_heads;
+  const auto start_of = [&](u32 part) { return total * part / parts; };
+  u32 at = cluster < parts ? start_of(cluster) : 0;
+  const u32 end = cluster < parts ? start_of(cluster + 1) : 0;
+  const u32 my_start = at;
+
+  int slot = 0, b = 0;
+  u32 phase = 0, before = 0;  // before: tiles of the rows before b
+  if (FUSED && at == end) grid_wait(), grid_trigger();
+  while (at < end) {
+    Range range = range_of(a, b);
+    while (at >= before + range.tiles() * a.kv_heads) {
+      before += range.tiles() * a.kv_heads;
+      range = range_of(a, ++b);
+    }
+    const u32 tiles = range.tiles(), kv = (at - before) / tiles;
+    const u32 item_start = before + kv * tiles, item_end = item_start + tiles;
+    const int first = at - item_start, last = min(end, item_end) - item_start;
+    const bool nothing = range.hi <= range.lo;
+    bf16* const k = a.k + b * a.kv_row + kv * a.kv_head;
+    bf16* const v = a.v + b * a.kv_row + kv * a.kv_head;
+
+    // Tiles are counted from the newest key backwards; the oldest tile repeats the oldest key in front.
+    const int lo_slot = POSITIONS ? 0 : range.lo % a.capacity;
+    const int newest_at = FUSED && a.k_norm ? range.hi - 1 : -1;
+    const int r0 = group * 8 + lane % 4 * 2;
+    int q_at[2], lowest = 0x7fffffff, highest = -1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = (r0 + i) % a.tokens;
+      q_at[i] = r0 + i >= rows ? -1 : a.q_positions ? static_cast<int>(a.q_positions[i64(b) * a.tokens + t]) : range.first + t;
+    }
+    for (int t = 0; t < a.tokens; ++t) {
+      const int p = a.q_positions ? static_cast<int>(a.q_positions[i64(b) * a.tokens + t]) : range.first + t;
+      if (p >= 0) lowest = min(lowest, p);
+      highest = max(highest, p);
+    }
+
+    // 2. Copies: a cursor runs over this team's tiles, K then V of each.
+    constexpr int STRIDE = CLUSTER * TEAMS;
+    int tile = nothing ? last : first + team * CLUSTER + rank, issued = 0, key_at = 0, source = 0;
+    bool is_v = false;
+    const auto seek = [&]() {  // the next tile with a key that some query sees
+      for (; tile < last; tile += STRIDE) {
+        const int index = tile * TILE + lane % TILE;
+        key_at = index < a.capacity ? static_cast<int>(a.k_positions[b * a.k_position_row + index]) : -1;
+        const bool seen = key_at >= 0 && key_at <= highest && (!a.window || key_at > lowest - a.window);
+        const u32 any = __ballot_sync(0xffffffffu, seen);
+        source = tile * TILE + (seen ? lane % TILE : __ffs(any) - 1);
+        if (any) return;
+      }
+    };
+    if (POSITIONS) seek();
+    const auto fetch = [&](int into) {
+      if (tile >= last) return;
+      int copied = TILE;
+      bool skip = false;
+      if (!POSITIONS) {
+        const int position = max(range.hi - TILE * (tile + 1) + lane % TILE, range.lo);
+        source = lo_slot + position - range.lo;
+        if (source >= a.capacity) source -= a.capacity;
+        skip = FUSED && position == newest_at;
+        if (FUSED && newest_at >= 0 && tile == 0) copied = newest_at == range.lo ? 0 : TILE - 1;
+      } else if (!is_v && lane < TILE) {
+        key_positions[(warp * SLOTS + into) * TILE + lane] = key_at;
+      }
+      if (group == 0) {
+        if (lane == 0) barrier_expect(my_full + into, copied * 2 * H);
+        if (lane < TILE && !skip) {
+          copy_bulk(my_slots + into * SLOT + lane * PITCH, (is_v ? v : k) + i64(source) * H, 2 * H, my_full + into);
+        }
+      }
+      if (is_v) {
+        tile += STRIDE;
+        if (POSITIONS) seek();
+      } else {
+        ++issued;
+      }
+      is_v = !is_v;
+    };
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) fetch(slot + i < SLOTS ? slot + i : slot + i - SLOTS);
+
+    // 3. Queries, as rows of shared memory and then as operands in registers.
+#if FUSED
+    {
+      const bool holds_newest = a.k_norm && first == 0 && rank == 0;
+      const Turn turn = turn_of(a.inv_freq, range.hi - 1);
+      const Vector q_weight = load_vector(a.q_norm);
+      grid_wait(), grid_trigger();
+      const bf16* const x = a.q + b * a.q_row;
+      for (int r = warp; r < G; r += WARPS) {
+        const Vector y = normed(load_vector(x + (kv * G + r) * H), a.eps);
+        store_vector(reinterpret_cast<bf16*>(q_rows + r * PITCH), rotated(y, q_weight, turn));
+      }
+      if (holds_newest && warp == WARPS - 1) {
+        const i64 offset = i64(newest_at % a.capacity) * H;
+        const Vector y = rotated(normed(load_vector(x + (a.heads + kv) * H), a.eps), load_vector(a.k_norm), turn);
+        store_vector(k + offset, y);
+        store_vector(reinterpret_cast<bf16*>(newest), y);
+      }
+      if (holds_newest && warp == (WARPS > 1 ? WARPS - 2 : 0)) {
+        const i64 offset = i64(newest_at % a.capacity) * H;
+        const int head = a.heads + (a.k_eq_v ? 0 : a.kv_heads) + kv;
+        const Vector y = normed(load_vector(x + head * H), a.eps);
+        store_vector(v + offset, y);
+        store_vector(reinterpret_cast<bf16*>(newest + PITCH), y);
+      }
+    }
+#else
+    for (int i = threadIdx.x; i < rows * (H / 8); i += THREADS) {
+      const int row = i / (H / 8), column = i % (H / 8);
+      const bf16* const from = a.q + b * a.q_row + (kv * G + row / a.tokens) * a.q_head + row % a.tokens * a.q_token;
+      reinterpret_cast<uint4*>(q_rows + row * PITCH)[column] = reinterpret_cast<const uint4*>(from)[column];
+    }
+#endif
+    for (int i = rows * (H / 8) + threadIdx.x; i < ROWS * (H / 8); i += THREADS) {
+      reinterpret_cast<uint4*>(q_rows + i / (H / 8) * PITCH)[i % (H / 8)] = {0, 0, 0, 0};
+    }
+    __syncthreads();
+    u32 q[H / 16][2];
+#pragma unroll
+    for (int i = 0; i < H / 32; ++i) {
+      u32 x[4];
+      load_matrix(x, q_rows + (group * 8 + lane % 8) * PITCH + lane / 8 * 16 + i * 64);
+      q[2 * i][0] = x[0], q[2 * i][1] = x[1], q[2 * i + 1][0] = x[2], q[2 * i + 1][1] = x[3];
+    }
+
+    // 4. The stream
+    float o[H / 16][4], m[2] = {NONE, NONE}, l[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < H / 16; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+    const auto arrive_newest = [&](u8* rows_at, int which) {
+      for (int i = newest_at == range.lo ? 0 : TILE - 1; i < TILE; ++i) {
+        for (int c = lane; c < H / 8; c += 32) {
+          reinterpret_cast<uint4*>(rows_at + i * PITCH)[c] = reinterpret_cast<const uint4*>(newest + which * PITCH)[c];
+        }
+      }
+      proxy_fence();
+      __syncwarp();
+    };
+    const auto release = [&]() {
+      __syncwarp();
+      if (GROUPS > 1) {
+        if (lane == 0) barrier_arrive(my_empty + slot);
+        if (group == 0) barrier_wait(my_empty + slot, phase);
+      }
+      fetch(slot);
+      if (++slot == SLOTS) slot = 0, phase ^= 1;
+    };
+    for (int used = 0, now = first + team * CLUSTER + rank; used < issued; ++used, now += STRIDE) {
+      barrier_wait(my_full + slot, phase);
+      u8* const keys = my_slots + slot * SLOT;
+      const bool is_newest = FUSED && newest_at >= 0 && now == 0;
+      if (is_newest) arrive_newest(keys, 0);
+      float s4[4][4] = {};
+#pragma unroll
+      for (int i = 0; i < H / 16; ++i) {
+        u32 x[4];
+        load_matrix(x, keys + lane % 16 * PITCH + lane / 16 * 16 + i * 32);
+        mma(s4[i % 4], x, q[i]);
+      }
+      float s[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[i] = (s4[0][i] + s4[1][i] + s4[2][i] + s4[3][i]) * a.scale;
+      int at0 = range.hi - TILE * (now + 1) + lane / 4, at1 = at0 + 8;
+      if (POSITIONS) {
+        const i32* const p = key_positions + (warp * SLOTS + slot) * TILE + lane / 4;
+        at0 = p[0], at1 = p[8];
+      }
+      const int oldest = range.hi - TILE * (now + 1), youngest = oldest + TILE - 1;
+      if (POSITIONS || oldest < range.lo || youngest > lowest || (a.window && oldest <= highest - a.window)) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = i < 2 ? at0 : at1, query = q_at[i % 2];
+          const bool seen = key >= (POSITIONS ? 0 : range.lo) && key <= query && (!a.window || key > query - a.window);
+          if (!seen) s[i] = -__int_as_float(0x7f800000);
+        }
+      }
+      release();
+
+      if (__any_sync(0xffffffffu, fmaxf(s[0], s[2]) > m[0] + SLACK || fmaxf(s[1], s[3]) > m[1] + SLACK)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float top = fmaxf(m[i], fmaxf(s[i], s[i + 2]));
+#pragma unroll
+          for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+          const float f = exp2f(m[i] - top);
+          m[i] = top, l[i] *= f;
+#pragma unroll
+          for (int d = 0; d < H / 16; ++d) o[d][i] *= f, o[d][i + 2] *= f;
+        }
+      }
+      const u32 low = to_bf16x2(exp2f(s[0] - m[0]), exp2f(s[1] - m[1]));
+      const u32 high = to_bf16x2(exp2f(s[2] - m[0]), exp2f(s[3] - m[1]));
+      l[0] += low_float(low) + low_float(high), l[1] += high_float(low) + high_float(high);
+      const u32 p[2] = {transposed(low), transposed(high)};
+
+      barrier_wait(my_full + slot, phase);
+      u8* const values = my_slots + slot * SLOT;
+      if (is_newest) arrive_newest(values, 1);
+#pragma unroll
+      for (int i = 0; i < H / 16; ++i) {
+        u32 x[4];
+        load_matrix_transposed(x, values + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16 + i * 32);
+        mma(o[i], x, p);
+      }
+      release();
+    }
+
+    // 5. The sum over a block's teams
+    if (GROUPS > 1) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) l[i] += __shfl_xor_sync(0xffffffffu, l[i], step);
+      if (lane < 4) team_m[team * ROWS + r0 + i] = m[i], team_l[team * ROWS + r0 + i] = l[i];
+      if (r0 + i < rows) {
+        float* const row = reinterpret_cast<float*>(my_slots) + (r0 + i) * O_PITCH + lane / 4;
+#pragma unroll
+        for (int d = 0; d < H / 16; ++d) row[d * 16] = o[d][i], row[d * 16 + 8] = o[d][i + 2];
+      }
+    }
+    __syncthreads();
+    const int elements = rows * (H / 4);
+    const auto sums = [&](int t) { return reinterpret_cast<float*>(slots + t * SLOTS * SLOT); };
+    if (TEAMS > 1) {
+      for (int e = threadIdx.x; e < elements; e += THREADS) {
+        const int row = e / (H / 4), offset = row * O_PITCH + e % (H / 4) * 4;
+        float top = NONE;
+#pragma unroll
+        for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + row]);
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int t = 0; t < TEAMS; ++t) {
+          add_scaled(sum, exp2f(team_m[t * ROWS + row] - top), *reinterpret_cast<float4*>(sums(t) + offset));
+        }
+        *reinterpret_cast<float4*>(sums(0) + offset) = sum;
+      }
+    }
+    if (threadIdx.x < rows) {
+      float top = NONE, sum = 0;
+      for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + threadIdx.x]);
+      for (int t = 0; t < TEAMS; ++t) sum += exp2f(team_m[t * ROWS + threadIdx.x] - top) * team_l[t * ROWS + threadIdx.x];
+      block_m[threadIdx.x] = top, block_l[threadIdx.x] = sum;
+    }
+    if (CLUSTER > 1) {
+      cluster_arrive(), cluster_wait();
+    } else {
+      __syncthreads();
+    }
+
+    // 6. The sum over a cluster's blocks, of which each merges a slice of the rows
+    const bool whole = at == item_start && min(end, item_end) == item_end;
+    const int slice = elements / CLUSTER, from = rank * slice;
+    const auto stats_of = [&](u32 part, bool starts_here) {
+      return a.partial + i64(2 * clusters) * rows * H + i64((2 * part + !starts_here) * CLUSTER + rank) * 2 * rows;
+    };
+    const auto sums_of = [&](u32 part, bool starts_here) { return a.partial + i64(2 * part + !starts_here) * rows * H; };
+    const auto write = [&](int e, float4 sum, float l) {
+      const int row = e / (H / 4), head = kv * G + row / a.tokens, t = row % a.tokens;
+      const float f = l > 0 ? 1 / l : 0;
+      const uint2 pair = {to_bf16x2(sum.x * f, sum.y * f), to_bf16x2(sum.z * f, sum.w * f)};
+      bf16* const to = a.out + ((i64(b) * a.tokens + t) * a.heads + head) * H;
+      reinterpret_cast<uint2*>(to)[e % (H / 4)] = pair;
+    };
+    for (int e = from + threadIdx.x; e < from + slice; e += THREADS) {
+      const int row = e / (H / 4), offset = row * O_PITCH + e % (H / 4) * 4;
+      float mi[CLUSTER], li[CLUSTER];
+      float4 x[CLUSTER];
+#pragma unroll
+      for (int i = 0; i < CLUSTER; ++i) {
+        if (CLUSTER > 1) {
+          mi[i] = cluster_load(cluster_address(block_m + row, i)), li[i] = cluster_load(cluster_address(block_l + row, i));
+          x[i] = cluster_load4(cluster_address(sums(0) + offset, i));
+        } else {
+          mi[i] = block_m[row], li[i] = block_l[row];
+          x[i] = *reinterpret_cast<float4*>(sums(0) + offset);
+        }
+      }
+      float top = NONE, sum_l = 0;
+      float4 sum = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < CLUSTER; ++i) top = fmaxf(top, mi[i]);
+#pragma unroll
+      for (int i = 0; i < CLUSTER; ++i) {
+        const float f = exp2f(mi[i] - top);
+        sum_l += f * li[i], add_scaled(sum, f, x[i]);
+      }
+      if (whole) {
+        write(e, sum, sum_l);
+      } else {
+        reinterpret_cast<float4*>(sums_of(cluster, at == my_start))[e] = sum;
+        float* const stats = stats_of(cluster, at == my_start);
+        if (e == from || e % (H / 4) == 0) stats[2 * row] = top, stats[2 * row + 1] = sum_l;
+      }
+    }
+
+    // 7. The sum over clusters: by the last one to arrive, slice by slice
+    if (!whole) {
+      u32 c0 = static_cast<u64>(item_start) * parts / total;
+      while (start_of(c0 + 1) <= item_start) ++c0;
+      u32 c1 = c0 + 1;
+      while (c1 < parts && start_of(c1) < item_end) ++c1;
+      u32* const ticket = a.tickets + (b * a.kv_heads + kv) * CLUSTER + rank;
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) *is_last = atomicAdd(ticket, 1) == c1 - c0 - 1;
+      __syncthreads();
+      if (*is_last) {
+        __threadfence();
+        if (threadIdx.x == 0) *ticket = 0;
+        for (int e = from + threadIdx.x; e < from + slice; e += THREADS) {
+          const int row = e / (H / 4);
+          float top = NONE, sum_l = 0;
+          float4 sum = {0, 0, 0, 0};
+#pragma unroll 4
+          for (u32 c = c0; c < c1; ++c) top = fmaxf(top, __ldcg(stats_of(c, start_of(c) >= item_start) + 2 * row));
+#pragma unroll 4
+          for (u32 c = c0; c < c1; ++c) {
+            const bool starts_here = start_of(c) >= item_start;
+            const float* const stats = stats_of(c, starts_here) + 2 * row;
+            const float f = exp2f(__ldcg(stats) - top);
+            sum_l += f * __ldcg(stats + 1);
+            add_scaled(sum, f, __ldcg(reinterpret_cast<const float4*>(sums_of(c, starts_here)) + e));
+          }
+          write(e, sum, sum_l);
+        }
+      }
+    }
+    // Others read this block's sums until here; then copies may overwrite them, or the block end.
+    proxy_fence();
+    if (CLUSTER > 1) {
+      cluster_arrive(), cluster_wait();
+    } else {
+      __syncthreads();
+    }
+    at = item_start + last;
+  }
+}
