@@ -1,0 +1,277 @@
+"""Attention in Triton, for any GPU that it knows: prefill with an online softmax, decode split over the keys."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from gemma4_impl.kernels.sdpa.naive import check
+from gemma4_impl.kernels.sdpa.triton_kernels import combine_kernel, decode_kernel, prefill_kernel
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Tile sizes: queries and keys at a time; v_parts programs share the columns of V, each computing all scores."""
+
+    block_m: int
+    block_n: int
+    v_parts: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Keys at a time, and programs that share the keys of all rows and kv heads, for each multiprocessor."""
+
+    block_n: int
+    waves: float = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    window: int | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    config: PrefillConfig | None = None,
+) -> Tensor:
+    """`naive.sdpa` for many queries. q [B, N, T, H], k and v [B, K, S, H] of any strides -> [B, N, T, H].
+
+    float16, bfloat16 or float32; H from 16. Without `q_positions` the queries are the last T of the S positions, and
+    without `k_positions` key s is at position s, and no positions are read. Raises ValueError as `naive.sdpa` does."""
+    B, N, T, H = q.shape
+    _, K, S, _ = k.shape
+    check(q, k, v, q_positions, k_positions, ends)
+    _check_numbers(q, window, scale)
+    if q_positions is None and T > S:
+        raise ValueError(f"{T} queries cannot be the last of {S} keys; give q_positions")
+    if out is None:
+        out = empty_out(q)
+    c = config or prefill_config(H, q.dtype)
+    blocks = triton.cdiv(T, c.block_m)
+    wrap_triton(prefill_kernel)[(blocks * B * N * c.v_parts,)](
+        q,
+        k,
+        v,
+        out,
+        q_positions,
+        k_positions,
+        ends,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride(),
+        *_strides(q_positions),
+        *_strides(k_positions),
+        *_strides(ends),
+        B,
+        N,
+        T,
+        S,
+        window or 0,
+        scale * LOG2E,
+        GROUP=N // K,
+        H=H,
+        BLOCK_H=triton.next_power_of_2(H),
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        V_PARTS=c.v_parts,
+        HAS_Q_POSITIONS=q_positions is not None,
+        HAS_K_POSITIONS=k_positions is not None,
+        HAS_ENDS=ends is not None,
+        WIDE=_wide(k, c.block_n) or _wide(v, c.block_n),
+        PRECISION=_precision(q),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return out
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor | None = None,
+    *,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    window: int | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    config: DecodeConfig | None = None,
+) -> Tensor:
+    """`naive.sdpa` for a few queries, split over the keys. q [B, N, T, H], k and v [B, K, S, H] -> [B, N, T, H].
+
+    A CUDA graph can capture it, and its time follows `length` rather than S.
+
+    Args:
+        length: int32 [B], on the device: tokens so far, of which the queries are the last; S by default. Position p
+            is in slot p % S, unless `k_positions` says otherwise.
+        q_positions: int64 [B, T], -1 for padding, instead of `length`; needs `k_positions`.
+        k_positions: int64 [B, S], in any order, -1 where there is no key. All are read, but only the keys that some
+            query sees.
+        workspace: for partial results, float32; by default one that is kept for the device, stream and shape.
+    Raises ValueError as `prefill` does."""
+    B, N, T, H = q.shape
+    _, K, S, _ = k.shape
+    check(q, k, v, q_positions, k_positions, None)
+    _check_numbers(q, window, scale)
+    if length is not None and (length.shape != (B,) or length.dtype != torch.int32):
+        raise ValueError(f"length must be int32 of shape {(B,)}, got {tuple(length.shape)} {length.dtype}")
+    if q_positions is not None and (length is not None or k_positions is None):
+        raise ValueError("q_positions stand in the place of length, and need k_positions")
+    c = config or decode_config(H, q.dtype)
+    rows, splits = N // K * T, _splits(B * K, S, window, k_positions is not None, q.device, c)
+    if workspace is None:
+        workspace = _workspace(q, B * K * splits * rows * (H + 2))
+    if out is None:
+        out = empty_out(q)
+    shared = {
+        "T": T,
+        "S": S,
+        "window": window or 0,
+        "splits": splits,
+        "GROUP": N // K,
+        "H": H,
+        "BLOCK_N": c.block_n,
+        "HAS_LENGTH": length is not None,
+        "HAS_K_POSITIONS": k_positions is not None,
+        "EARLY": _dependent_launch(q),
+    }
+    length_stride = 0 if length is None else length.stride(0)
+    wrap_triton(decode_kernel)[(splits, K, B)](
+        q,
+        k,
+        v,
+        workspace,
+        length,
+        q_positions,
+        k_positions,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        length_stride,
+        *_strides(q_positions),
+        *_strides(k_positions),
+        scale * LOG2E,
+        **shared,
+        HAS_Q_POSITIONS=q_positions is not None,
+        BLOCK_H=triton.next_power_of_2(H),
+        BLOCK_R=max(16, triton.next_power_of_2(rows)),
+        PRECISION=_precision(q),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    block_h = min(128, triton.next_power_of_2(H))
+    wrap_triton(combine_kernel)[(rows, K * triton.cdiv(H, block_h), B)](
+        workspace,
+        out,
+        length,
+        *out.stride(),
+        length_stride,
+        **shared,
+        BLOCK_H=block_h,
+        BLOCK_S=16,
+        num_warps=4,
+        **({"launch_pdl": True} if shared["EARLY"] else {}),
+    )
+    return out
+
+
+def empty_out(q: Tensor) -> Tensor:
+    """[B, N, T, H], a view of [B, T, N, H]: the order that the projection after attention reads."""
+    B, N, T, H = q.shape
+    return q.new_empty(B, T, N, H).transpose(1, 2)
+
+
+def prefill_config(H: int, dtype: torch.dtype) -> PrefillConfig:
+    """Tiles that fit the shared memory of a data-center GPU."""
+    if dtype == torch.float32:
+        return PrefillConfig(32, 32 if H <= 256 else 16, num_warps=4, num_stages=1)
+    if H <= 128:
+        return PrefillConfig(128, 64, num_warps=8, num_stages=3)
+    if H <= 256:
+        return PrefillConfig(128, 64, num_warps=8, num_stages=2)
+    return PrefillConfig(64, 32, num_warps=8, num_stages=2)
+
+
+def decode_config(H: int, dtype: torch.dtype) -> DecodeConfig:
+    """The same for decode."""
+    if dtype == torch.float32:
+        return DecodeConfig(16, num_warps=4, num_stages=2)
+    return DecodeConfig(32 if H > 256 else 64, num_warps=4, num_stages=3)
+
+
+def _splits(heads: int, S: int, window: int | None, positions: bool, device: torch.device, config: DecodeConfig) -> int:
+    """Parts into which the keys of each of `heads` kv heads are cut: enough to fill the device."""
+    keys = S if window is None or positions else min(S, window + 7)
+    wanted = max(1, int(_multiprocessors(device) * config.waves) // heads)
+    return max(1, min(wanted, triton.cdiv(keys, config.block_n)))
+
+
+def _check_numbers(q: Tensor, window: int | None, scale: float) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"{q.dtype} is not computed here; use float16, bfloat16 or float32")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: must be at least 1")
+    if not scale > 0:
+        raise ValueError(f"scale = {scale}: must be positive")
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _dependent_launch(q: Tensor) -> bool:
+    """Whether the second kernel may be launched before the first has ended: Hopper and later, not while traced."""
+    return not _traced(q) and q.is_cuda and torch.version.hip is None and _capability(q.device) >= (9, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _traced(q: Tensor) -> bool:
+    """Whether a compiler looks on: it hands in tensors of types of its own."""
+    return type(q) not in (Tensor, torch.nn.Parameter)
+
+
+def _workspace(q: Tensor, size: int) -> Tensor:
+    if _traced(q):
+        return torch.empty(size, dtype=torch.float32, device=q.device)
+    return _kept(size, q.device, torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0)
+
+
+@functools.cache
+def _kept(size: int, device: torch.device, stream: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def _strides(positions: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if positions is None else positions.stride()
+
+
+def _wide(x: Tensor, rows: int) -> bool:
+    """Whether offsets inside a tile of `rows` keys need 64 bits."""
+    return rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31
+
+
+def _precision(q: Tensor) -> str:
+    # tf32, the default for float32, is 1000 times less exact than float32.
+    return "ieee" if q.dtype == torch.float32 else "tf32"
