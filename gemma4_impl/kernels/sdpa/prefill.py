@@ -1,4 +1,4 @@
-"""Attention of many queries on Hopper's tensor cores: checks the tensors, describes them to the copy engine, launches prefill.cu."""
+"""Attention of many queries on Hopper's tensor cores: checks tensors and launches prefill.cu."""
 
 import ctypes
 import math
@@ -12,11 +12,11 @@ from gemma4_impl.kernels.sdpa.naive import check
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HEAD_DIMS = (64, 128, 256, 512)
-# What prefill.cu fixes: keys of a tile, query rows of a warpgroup's product, bytes of shared memory.
-_KEYS, _ROWS, _SHARED = 64, 64, 232_448
+# What prefill.cu fixes: keys of a tile, query rows of a product, threads of a block and bytes of its shared memory.
+_KEYS, _ROWS, _THREADS, _SHARED = 64, 64, 512, 232_448
 _NO_WINDOW = 2**30
-# Blocks that share keys and values, at most.
-_CLUSTER = {64: 1, 128: 1, 256: 1, 512: 2}
+# How many blocks may share the keys and values of a head: the first that divides the group is taken.
+CLUSTERS = {64: (1,), 128: (1,), 256: (1,), 512: (1,)}
 
 
 class _Arguments(ctypes.Structure):
@@ -71,7 +71,7 @@ def prefill(
     window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
 
     parts, heads = 1 if H == 512 else 2, N // K
-    cluster = next(c for c in (4, 2, 1) if c <= _CLUSTER[H] and (c == 1 or heads % (parts * c) == 0))
+    cluster = next(c for c in CLUSTERS[H] if c == 1 or heads % (parts * c) == 0)
     together = heads % (parts * cluster) == 0
     args = _Arguments(
         scale=scale * math.log2(math.e),
@@ -101,12 +101,12 @@ def prefill(
     ]
     rows = _ROWS if together else _ROWS * parts
     blocks = -(-T // rows) * B * N // (parts if together else 1)
-    kernel(SOURCE, "attend", defines)(blocks, 512, [*maps, args], shared=_SHARED, cluster=cluster)
+    kernel(SOURCE, "attend", defines)(blocks, _THREADS, [*maps, args], shared=_SHARED, cluster=cluster)
     return out
 
 
 def _key_ranges(positions: Tensor, tiles: int, defines: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """Positions as int32 [B, tiles * 64] and, for each tile, their range and whether it is full: int32 [B, tiles, 3]."""
+    """Positions as int32 [B, tiles * 64] and int32 [B, tiles, 3]: the range of each tile and whether it is full."""
     B, S = positions.shape
     keys = torch.empty(B, tiles * _KEYS, dtype=torch.int32, device=positions.device)
     ranges = torch.empty(B, tiles, 3, dtype=torch.int32, device=positions.device)
