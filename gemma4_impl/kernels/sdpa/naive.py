@@ -28,15 +28,15 @@ def sdpa(
         q_positions: int64 [B, T], -1 for padding.
         k_positions: int64 [B, S], -1 where there is no key.
         ends: int64 [B, T], the last position that each query sees.
-    Returns [B, N, T, H] in q's dtype. Raises ValueError for shapes that do not match.
+    Returns `empty_out(q)`, filled. Raises ValueError for shapes that do not match.
     """
-    B, N, T, H = q.shape
+    B, N, T, _ = q.shape
     _, K, S, _ = k.shape
     check(q, k, v, q_positions, k_positions, ends)
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = k.to(dtype), v.to(dtype)
     seen_until = q_positions if ends is None else ends
-    out = torch.empty(B, N, T, H, dtype=q.dtype, device=q.device)
+    out = empty_out(q)
     step = max(1, _SCORES // max(1, B * N * S))
     for start in range(0, T, step):
         part = slice(start, start + step)
@@ -54,6 +54,26 @@ def sdpa(
         weights = weights / weights.sum(dim=-1, keepdim=True).masked_fill(top == -torch.inf, 1)
         out[:, :, part] = (weights.flatten(2, 3) @ v).unflatten(2, (N // K, -1)).flatten(1, 2).to(q.dtype)
     return out
+
+
+def empty_out(q: Tensor) -> Tensor:
+    """[B, N, T, H], a view of [B, T, N, H]: the order in which the projection after attention reads it."""
+    B, N, T, H = q.shape
+    return q.new_empty(B, T, N, H).transpose(1, 2)
+
+
+def known_positions(q: Tensor, k: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q_positions [B, T] and k_positions [B, S] if the queries are the last T of `length` [B] tokens, S by default,
+    and position p is in slot p % S of the keys."""
+    B, _, T, _ = q.shape
+    S = k.shape[2]
+    if length is None:
+        length = torch.full((B,), S, device=q.device)
+    length = length.long()[:, None]
+    slots = torch.arange(S, device=q.device)
+    positions = length - 1 - (length - 1 - slots) % S if S else slots.expand(B, 0)
+    at = length - T + torch.arange(T, device=q.device)
+    return torch.where(at >= 0, at, -1), torch.where(positions >= 0, positions, -1)
 
 
 def check(

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from gemma4_impl.kernels.sdpa.naive import check
+from gemma4_impl.kernels.sdpa.naive import check, empty_out
 from gemma4_impl.kernels.sdpa.triton_kernels import combine_kernel, decode_kernel, prefill_kernel
 
 LOG2E = 1.4426950408889634
@@ -60,7 +60,7 @@ def prefill(
         raise ValueError(f"{T} queries cannot be the last of {S} keys; give q_positions")
     if out is None:
         out = empty_out(q)
-    c = config or prefill_config(H, q.dtype)
+    c = config or prefill_config(H, q.dtype, q.device)
     blocks = triton.cdiv(T, c.block_m)
     wrap_triton(prefill_kernel)[(blocks * B * N * c.v_parts,)](
         q,
@@ -134,7 +134,7 @@ def decode(
         raise ValueError(f"length must be int32 of shape {(B,)}, got {tuple(length.shape)} {length.dtype}")
     if q_positions is not None and (length is not None or k_positions is None):
         raise ValueError("q_positions stand in the place of length, and need k_positions")
-    c = config or decode_config(H, q.dtype)
+    c = config or decode_config(H, q.dtype, q.device)
     rows, splits = N // K * T, _splits(B * K, S, window, k_positions is not None, q.device, c)
     if workspace is None:
         workspace = _workspace(q, B * K * splits * rows * (H + 2))
@@ -192,28 +192,32 @@ def decode(
     return out
 
 
-def empty_out(q: Tensor) -> Tensor:
-    """[B, N, T, H], a view of [B, T, N, H]: the order that the projection after attention reads."""
-    B, N, T, H = q.shape
-    return q.new_empty(B, T, N, H).transpose(1, 2)
+def prefill_config(H: int, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
+    """The first of the tiles that were fastest on an H200 whose Q, K and V fit the device's shared memory."""
+    width = triton.next_power_of_2(H) * dtype.itemsize
+    for c in _PREFILL[min(512, max(128, width // 2)) if dtype.itemsize == 2 else None]:
+        if width * (c.block_m + c.num_stages * c.block_n * (1 + 1 / c.v_parts)) <= _shared_memory(device):
+            return c
+    return PrefillConfig(16, 16, num_warps=4, num_stages=1)
 
 
-def prefill_config(H: int, dtype: torch.dtype) -> PrefillConfig:
-    """Tiles that fit the shared memory of a data-center GPU."""
-    if dtype == torch.float32:
-        return PrefillConfig(32, 32 if H <= 256 else 16, num_warps=4, num_stages=1)
-    if H <= 128:
-        return PrefillConfig(128, 64, num_warps=8, num_stages=3)
-    if H <= 256:
-        return PrefillConfig(128, 64, num_warps=8, num_stages=2)
-    return PrefillConfig(64, 32, num_warps=8, num_stages=2)
-
-
-def decode_config(H: int, dtype: torch.dtype) -> DecodeConfig:
+def decode_config(H: int, dtype: torch.dtype, device: torch.device) -> DecodeConfig:
     """The same for decode."""
-    if dtype == torch.float32:
-        return DecodeConfig(16, num_warps=4, num_stages=2)
-    return DecodeConfig(32 if H > 256 else 64, num_warps=4, num_stages=3)
+    width = triton.next_power_of_2(H) * dtype.itemsize
+    for c in _DECODE:
+        if width * 2 * c.block_n * (c.num_stages - 1) + width * 16 <= _shared_memory(device):
+            return c
+    return DecodeConfig(16, num_warps=4, num_stages=1)
+
+
+_PREFILL = {
+    128: (PrefillConfig(128, 64, 1, 8, 3), PrefillConfig(64, 32, 1, 4, 2)),
+    256: (PrefillConfig(128, 64, 1, 8, 2), PrefillConfig(64, 32, 1, 4, 3), PrefillConfig(64, 32, 1, 4, 2)),
+    512: (PrefillConfig(128, 32, 2, 8, 2), PrefillConfig(64, 16, 1, 8, 2), PrefillConfig(32, 16, 1, 4, 2)),
+    # float32, without tensor cores.
+    None: (PrefillConfig(32, 32, 1, 4, 1), PrefillConfig(32, 16, 1, 4, 1)),
+}
+_DECODE = (DecodeConfig(32, num_warps=4, num_stages=3), DecodeConfig(16, num_warps=4, num_stages=2))
 
 
 def _splits(heads: int, S: int, window: int | None, positions: bool, device: torch.device, config: DecodeConfig) -> int:
@@ -235,6 +239,14 @@ def _check_numbers(q: Tensor, window: int | None, scale: float) -> None:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have; of a small GPU where there is none."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _dependent_launch(q: Tensor) -> bool:
