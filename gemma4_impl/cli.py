@@ -102,6 +102,7 @@ def cli() -> None:
 @click.option("--backend", type=click.Choice(("torch", "jax")), default="torch", help="What computes it.")
 @click.option("--mesh", help="With --backend jax: spread the model over all devices, such as fsdp=1,tp=4.")
 @click.option("--max-seq-len", type=click.IntRange(min=1), help="Context length.  [default: as long as needed]")
+@click.option("--profile", is_flag=True, help="Show at the end, on stderr, where a token's time goes.")
 def generate_command(
     checkpoint: Path,
     prompt: str | None,
@@ -119,6 +120,7 @@ def generate_command(
     backend: str,
     mesh: str | None,
     max_seq_len: int | None,
+    profile: bool,
 ) -> None:
     """Generate text with the model in the folder or GGUF file CHECKPOINT.
 
@@ -128,6 +130,8 @@ def generate_command(
         raise click.UsageError("Give either --prompt or --tokens", click.get_current_context())
     if mesh is not None and backend != "jax":
         raise click.UsageError("--mesh needs --backend jax", click.get_current_context())
+    if profile and backend != "torch":
+        raise click.UsageError("--profile needs --backend torch", click.get_current_context())
     what = read_prompt(prompt) if tokens is None else parse_tokens(tokens)
 
     from gemma4_impl.generation import Interrupted, Sampling
@@ -140,7 +144,7 @@ def generate_command(
 
         generate = open_jax(checkpoint, tower, dtype, device, mesh, progress)
     else:
-        generate = open_torch(checkpoint, tower, dtype, device, progress)
+        generate = open_torch(checkpoint, tower, dtype, device, progress, profile)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
@@ -165,12 +169,11 @@ def generate_command(
 
 
 def open_torch(
-    checkpoint: Path, tower: Path | None, dtype: str | None, device: str | None, progress: bool
+    checkpoint: Path, tower: Path | None, dtype: str | None, device: str | None, progress: bool, profile: bool = False
 ) -> Callable[..., "Generation"]:
     """Loads the model at `checkpoint`, with the vision tower at `tower` if there is one. Returns `generate` for it,
-    which takes a prompt and options. Raises ValueError for a device that is not there, and as loading does."""
-    from gemma4_impl.generate import generate
-    from gemma4_impl.model.decoder import Gemma4
+    which takes a prompt and options: the engine's on an NVIDIA GPU, and wherever its step is to be profiled. Raises
+    ValueError for a device that is not there, and as loading does."""
     from gemma4_impl.tokenizer import Tokenizer
 
     target, wanted = resolve_device(device), resolve_dtype(dtype)
@@ -180,6 +183,15 @@ def open_torch(
         from gemma4_impl.vision.images import ImageEncoder
 
         encoder = ImageEncoder.from_pretrained(tower, wanted, target, text=checkpoint)
+    if target.type == "cuda" or profile:
+        from gemma4_impl import engine
+
+        opened = engine.Engine.from_pretrained(checkpoint, wanted, target, progress)
+        report = functools.partial(click.echo, err=True) if profile else None
+        return functools.partial(engine.generate, opened, tokenizer, encoder=encoder, report=report)
+    from gemma4_impl.generate import generate
+    from gemma4_impl.model.decoder import Gemma4
+
     model = Gemma4.from_pretrained(checkpoint, wanted, target, progress=progress)
     return functools.partial(generate, model, tokenizer, encoder=encoder)
 

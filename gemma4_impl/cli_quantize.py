@@ -35,7 +35,7 @@ def quantize_command(source: Path, out: Path, recipe: str, shard_size: str) -> N
     from gemma4_impl.quant.recipe import load_recipe
     from gemma4_impl.quant.save import quantize_checkpoint
 
-    with _terminable(), _bar() as progress:
+    with terminable(), bar("quantizing") as progress:
         report = quantize_checkpoint(source, out, load_recipe(recipe), shard_bytes, progress)
     for line in summary(report, out):
         click.echo(line)
@@ -52,7 +52,7 @@ def parse_size(text: str) -> int:
 def summary(report: "QuantizationReport", out: Path) -> list[str]:
     """Sizes, the ratio of signal to noise, and whatever happened to tensors that the recipe does not speak of."""
     lines = [
-        f"{out}: {_size(report.bytes_before)} -> {_size(report.bytes_after)}; {len(report.quantized)} tensors "
+        f"{out}: {size_text(report.bytes_before)} -> {size_text(report.bytes_after)}; {len(report.quantized)} tensors "
         f"quantized, {report.bits_per_weight:.2f} bits a weight, SQNR {report.sqnr_db:.1f} dB"
     ]
     lowest = sorted(report.quantized, key=lambda t: t.sqnr_db)[:_LOWEST]
@@ -62,7 +62,8 @@ def summary(report: "QuantizationReport", out: Path) -> list[str]:
     if report.towers:
         kinds = sorted({name.removeprefix("model.").partition(".")[0] for name in report.towers})
         lines.append(
-            f"- copied as they are: {len(report.towers)} tensors of {', '.join(kinds)} ({_size(report.tower_bytes)})"
+            f"- copied as they are: {len(report.towers)} tensors of {', '.join(kinds)} "
+            f"({size_text(report.tower_bytes)})"
         )
     if report.dropped:
         more = f" and {len(report.dropped) - _LOWEST} more" if len(report.dropped) > _LOWEST else ""
@@ -70,13 +71,14 @@ def summary(report: "QuantizationReport", out: Path) -> list[str]:
     return [*lines, f"- every tensor: {out / 'quantization.html'}"]
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes as people write them: "18.7 GB"."""
     unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("bytes", 1))
     return f"{count / scale:.{1 if scale > 1 else 0}f} {unit}"
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, so that what was written so far is removed."""
 
     def interrupt(*_: object) -> None:
@@ -90,7 +92,7 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with Mweights/s and the time left, on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -102,6 +104,6 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), Rate(), TimeRemainingColumn())
     terminal = sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not terminal) as bar:
-        task = bar.add_task("quantizing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not terminal) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

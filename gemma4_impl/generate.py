@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gemma4_impl.config import TextConfig
 from gemma4_impl.generation import Generation, Interrupted, Prompt, Sampling, Transcript, check_prompt, prompt_ids
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
@@ -117,7 +118,8 @@ def generate(
     seconds = time.perf_counter() - first
     transcript.finish()
     steps = max(0, len(transcript.tokens) - 1)
-    read = steps * _weight_bytes(model) + sum(_cache_bytes(model, len(ids) + i) for i in range(1, steps + 1))
+    contexts = range(len(ids) + 1, len(ids) + steps + 1)
+    read = steps * _weight_bytes(model) + sum(cache_bytes(model.config, model.dtype, n) for n in contexts)
     result = transcript.generation(len(ids), first - start, seconds, read, interrupted)
     if interrupted:
         raise Interrupted(result)
@@ -130,7 +132,7 @@ def bytes_per_token(model: Gemma4, context: int) -> int:
     Every weight once, a quantized one as it is packed, but `top_k_experts` of the experts only, and one row of an
     embedding table (a tied one is read whole, as the output head); and in each layer the keys and values that are
     visible, in the model's dtype. A KV-shared layer reads its producer's again. Activations are not counted."""
-    return _weight_bytes(model) + _cache_bytes(model, context)
+    return _weight_bytes(model) + cache_bytes(model.config, model.dtype, context)
 
 
 def _weight_bytes(model: Gemma4) -> int:
@@ -150,11 +152,12 @@ def _weight_bytes(model: Gemma4) -> int:
     return sum(read.values())
 
 
-def _cache_bytes(model: Gemma4, context: int) -> int:
+def cache_bytes(config: TextConfig, dtype: torch.dtype, context: int) -> int:
+    """Bytes of the keys and values that a token which attends to `context` positions reads, in all layers."""
     total = 0
-    for layer in model.config.layers:
-        visible = min(context, model.config.sliding_window) if layer.is_sliding else context
-        total += 2 * visible * layer.num_key_value_heads * layer.head_dim * model.dtype.itemsize
+    for layer in config.layers:
+        visible = min(context, config.sliding_window) if layer.is_sliding else context
+        total += 2 * visible * layer.num_key_value_heads * layer.head_dim * dtype.itemsize
     return total
 
 
