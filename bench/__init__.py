@@ -1,1 +1,1 @@
-"""Benchmarks of ours against every peer that is installed: `pytest --benchmark-only` measures, `make bench` reports too."""
+"""Benchmarks of ours against every peer that is installed: `pytest --benchmark-only`, or `make bench` for a report."""

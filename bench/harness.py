@@ -5,7 +5,9 @@ from one second to the next. pytest-benchmark then takes each one's times from a
 
 import functools
 import importlib
+import logging
 import math
+import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,8 @@ from torch import Tensor
 from bench import timing
 from bench.timing import Call
 from parity.budget import Check, check, floor
+
+_log = logging.getLogger(__name__)
 
 _CASE_SECONDS, _FEWEST, _MOST = 1.0, 5, 25
 
@@ -50,11 +54,10 @@ class Case:
     backends: Sequence[Backend]
     make: Callable[[int], Any]
     judge: Callable[[Any], Callable[[Any], Check]]
-    bytes: float = 0
-    """The fewest that have to move: each input read once, each output written once."""
-    flops: float = 0
+    cost: Callable[[], tuple[float, float]] = lambda: (0, 0)
+    """The fewest bytes that have to move, each input read and each output written once; floating-point operations."""
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokens: int | None = None
     """How many a call handles."""
     context: int | None = None
@@ -215,6 +218,7 @@ def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled
             if call.before:
                 call.before()
             output = call.run()
+            timing.synchronize(case.device)
             if _judged(rows[b.name], judge(b.read(output))):
                 calls[b] = [call]
             del output
@@ -222,7 +226,7 @@ def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled
         return
     sets = [first]
     if case.rotate:
-        sets += map(case.make, range(1, timing.working_sets(int(case.bytes), case.device)))
+        sets += map(case.make, range(1, timing.working_sets(int(case.cost()[0]), case.device)))
     samplers: dict[Backend, timing.Sampler] = {}
     for b, ready in calls.items():
         with _recorded(rows[b.name]):
@@ -258,6 +262,7 @@ class _recorded:  # noqa: N801
         self.row = row
 
     def __enter__(self) -> None:
+        _log.debug("%s, %s", self.row.group, self.row.backend)
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
@@ -267,6 +272,7 @@ class _recorded:  # noqa: N801
         if not isinstance(error, Exception):
             return False
         self.row.status, self.row.reason = "refused", one_line(error)
+        _log.debug("refused: %s", self.row.reason)
         return True
 
 
@@ -291,6 +297,7 @@ def _check_info(found: Check) -> dict[str, Any]:
 
 def _figures(case: Case, row: Row) -> dict[str, Any]:
     seconds, top = statistics.median(row.times), timing.ceilings(case.device, case.dtype)
+    moved, flops = case.cost()
     found = {
         "suite": case.suite,
         "operation": case.operation,
@@ -302,17 +309,17 @@ def _figures(case: Case, row: Row) -> dict[str, Any]:
         "device": top.device,
         "dtype": top.dtype,
         "threads": top.threads,
-        "bytes": case.bytes,
-        "flops": case.flops,
+        "bytes": moved,
+        "flops": flops,
         **_check_info(row.check),
     }
-    if case.bytes:
-        found["gb_per_s"] = case.bytes / seconds / 1e9
-    if case.flops:
-        found["tflop_per_s"] = case.flops / seconds / 1e12
-    if case.bytes or case.flops:
-        least = top.seconds(case.bytes, case.flops)
-        bound = "memory" if case.bytes / top.copy >= case.flops / top.matmul else "compute"
+    if moved:
+        found["gb_per_s"] = moved / seconds / 1e9
+    if flops:
+        found["tflop_per_s"] = flops / seconds / 1e12
+    if moved or flops:
+        least = top.seconds(moved, flops)
+        bound = "memory" if moved / top.copy >= flops / top.matmul else "compute"
         found |= {"roofline_s": least, "roofline_share": least / seconds, "bound": bound}
         found["ceilings"] = {"copy_gb_per_s": top.copy / 1e9, "matmul_tflop_per_s": top.matmul / 1e12}
     if case.tokens:
@@ -322,8 +329,13 @@ def _figures(case: Case, row: Row) -> dict[str, Any]:
 
 def grid(cases: Sequence[Case]) -> pytest.MarkDecorator:
     """Parametrizes a test with `case` and `backend`, a name: one row each."""
-    rows = [pytest.param(c, b.name, id=f"{c.group} | {b.name}") for c in cases for b in c.backends]
+    rows = [pytest.param(c, b.name, id=_slug(f"{c.group} {b.name}")) for c in cases for b in c.backends]
     return pytest.mark.parametrize(("case", "backend"), rows)
+
+
+def _slug(text: str) -> str:
+    """What `pytest -k` takes: letters, digits, - and _."""
+    return re.sub(r"[^\w-]+", "_", text.replace("=", "")).strip("_")
 
 
 def ratio(row: Row, other: Row) -> float:

@@ -1,7 +1,6 @@
-"""Products with four-bit weights: single linears of the 31B, all those of six of its layers, and small ones for the CPU."""
+"""Products with four-bit weights: linears of the 31B, one by one and all of six layers, and small ones for the CPU."""
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Backend, Case, close_to, grid, needs, publish, timed
+from bench.timing import CORES
 from gemma4_impl.kernels.int4_linear import naive
 from gemma4_impl.quant.tensor import QuantizedTensor
 
@@ -237,12 +237,11 @@ def _case(case: Linears) -> Case:
         backends=BACKENDS,
         make=lambda i: _make(case, i),
         judge=lambda inputs: _judge(case, inputs),
-        bytes=weights // 2 + scales + 2 * case.M * sum(N + K for N, K in case.shapes),
-        flops=2 * case.M * weights,
+        cost=lambda: (weights // 2 + scales + 2 * case.M * sum(N + K for N, K in case.shapes), 2 * case.M * weights),
         dtype=DTYPE,
         device=case.device,
         rotate=len(case.shapes) == 1,
-        threads=1 if case.size == "tiny" else os.cpu_count(),
+        threads=1 if case.size == "tiny" else CORES,
     )
 
 

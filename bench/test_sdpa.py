@@ -1,17 +1,16 @@
 """Attention of one layer: prefill and decode on the shapes of the 31B's layers, and on smaller ones for the CPU."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness import Backend, Case, close_to, grid, needs, publish, timed
+from bench.timing import CORES
 from gemma4_impl.kernels.sdpa import naive
 
 
@@ -188,39 +187,35 @@ def _from_jax(output: Any) -> Tensor:
     return torch.from_dlpack(output).transpose(1, 2)
 
 
-CPU = [
+GPU_ONLY = needs(cuda=True)
+BACKENDS = [
     Backend("gemma4", _ours, ours=True),
     Backend("PyTorch flash", _torch(SDPBackend.FLASH_ATTENTION)),
     Backend("PyTorch math", _torch(SDPBackend.MATH)),
-    Backend("JAX", _jax, absent=needs("jax"), wall=True, read=_from_jax),
-]
-GPU_ONLY = needs(cuda=True)
-PEERS = [
-    *CPU,
     Backend("PyTorch cuDNN", _torch(SDPBackend.CUDNN_ATTENTION), absent=GPU_ONLY),
     Backend("PyTorch efficient, heads expanded", _torch(SDPBackend.EFFICIENT_ATTENTION, expand=True), absent=GPU_ONLY),
     Backend("FlexAttention, compiled", _flex, absent=GPU_ONLY),
     Backend("ExecuTorch Triton", _executorch, absent=needs("executorch.backends.cuda.triton.kernels", cuda=True)),
+    Backend("JAX", _jax, absent=needs("jax"), wall=True, read=_from_jax),
 ]
 
 
 def _case(shape: Shape) -> Case:
-    element = shape.dtype.itemsize
+    moved = 2 * shape.dtype.itemsize * shape.H * (shape.N * shape.T + shape.K * shape.S)
     return Case(
         suite="sdpa",
         operation=shape.operation,
         shape=shape.text,
-        backends=PEERS,
+        backends=BACKENDS,
         make=lambda i: _make(shape, i),
         judge=_judge,
-        bytes=2 * element * shape.H * (shape.N * shape.T + shape.K * shape.S),
-        flops=4 * shape.N * shape.H * shape.pairs,
+        cost=lambda: (moved, 4 * shape.N * shape.H * shape.pairs),
         dtype=shape.dtype,
         device=torch.device("cuda" if shape.cuda else "cpu"),
         tokens=shape.T,
         context=None if shape.window else shape.S,
         series=f"{shape.size}: K={shape.K} H={shape.H}",
-        threads=1 if shape.size == "tiny" else os.cpu_count(),
+        threads=1 if shape.size == "tiny" else CORES,
     )
 
 

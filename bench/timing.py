@@ -1,6 +1,7 @@
 """How long a call takes on its device, how much memory, and what the device can do at most: copy and matmul."""
 
 import functools
+import os
 import re
 import statistics
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _GRAPH_SECONDS, _GRAPH_CALLS = 2e-3, 512
 _WALL_SECONDS = 2e-3
