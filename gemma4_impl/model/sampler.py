@@ -29,7 +29,7 @@ def sample(
     scores = logits
     if temperature > 0:
         if top_k is not None or top_p is not None:
-            scores = logits.masked_fill(~_allowed(logits, temperature, top_k, top_p), -math.inf)
+            scores = logits.masked_fill(~allowed(logits, temperature, top_k, top_p), -math.inf)
         # Gumbel-max: argmax(logits / temperature + g) is a draw from the softmax. Both sides are multiplied by the
         # temperature, so that a small one cannot overflow. A draw of exactly 0 would let any id win: hence the clamp.
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).clamp_min_(1e-10).log_()
@@ -37,7 +37,7 @@ def sample(
     return torch.where(logits.amax(dim=-1) > -math.inf, scores.argmax(dim=-1), -1)
 
 
-def _allowed(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+def allowed(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """True for the ids that the filters keep, [B, V]: the n largest of each row, lower ids first among equals."""
     V = logits.shape[-1]
     k = V if top_k is None else min(top_k, V)
