@@ -99,10 +99,10 @@ def _attend(
             s = tl.where(at < turn, at - jump, at)
         key = s + i
         position = key
-        seen = key < stop
+        seen = (key >= first) & (key < stop)
         if POSITIONS:
             slot = tl.where(key >= S, key - S, key).to(tl.int64)
-            position = tl.load(kp_base + slot * kp_s, seen, -1).to(tl.int32)
+            position = tl.load(kp_base + slot * kp_s, key < stop, -1).to(tl.int32)
             seen = (position >= first) & (position <= last)
             k_ptrs = k_base + slot[:, None] * k_s + h[None, :] * k_h
             v_ptrs = v_base + slot[:, None] * v_s + h_v[None, :] * v_h
