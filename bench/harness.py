@@ -3,6 +3,7 @@
 All backends of a group get the same tensors and are timed in turn in every round, because a machine's speed changes
 from one second to the next. pytest-benchmark then takes each one's times from a clock that tells what was measured."""
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -195,71 +196,75 @@ def measure(case: Case, names: Iterable[str], enabled: bool = True) -> dict[str,
     for b in chosen:
         if reason := b.absent():
             rows[b.name].status, rows[b.name].reason = "absent", reason
+    present = [b for b in chosen if rows[b.name].status == "published"]
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads or threads)
     try:
-        _fill(case, [b for b in chosen if rows[b.name].status == "published"], rows, enabled)
+        if present:
+            _fill(case, present, rows, enabled)
+    except Exception as error:
+        # Not one backend's: the device is out of memory, or out of order.
+        for b in present:
+            rows[b.name].status, rows[b.name].reason = "refused", one_line(error)
+            rows[b.name].times.clear()
     finally:
         torch.set_num_threads(threads)
         if case.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
     return rows
 
 
 def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled: bool) -> None:
-    if not backends:
-        return
+    top = timing.ceilings(case.device, case.dtype) if enabled else None
     first = case.make(0)
     judge = case.judge(first)
-    calls: dict[Backend, list[Call]] = {}
+    calls: dict[Backend, Call] = {}
     for b in backends:
-        with _recorded(rows[b.name]):
+        with _recorded(rows[b.name], case.device):
             call = _call(b, first)
             if call.before:
                 call.before()
-            output = call.run()
-            timing.synchronize(case.device)
-            if _judged(rows[b.name], judge(b.read(output))):
-                calls[b] = [call]
-            del output
+            found = judge(b.read(call.run()))
+            if _judged(rows[b.name], found):
+                calls[b] = call
     if not enabled:
         return
     sets = [first]
     if case.rotate:
         sets += map(case.make, range(1, timing.working_sets(int(case.cost()[0]), case.device)))
     samplers: dict[Backend, timing.Sampler] = {}
-    for b, ready in calls.items():
-        with _recorded(rows[b.name]):
-            if ready[0].before:
-                ready[0].before()
-            with timing.peak_memory(case.device) as peak:
-                ready[0].run()
-            rows[b.name].info["peak_bytes"] = peak[0] if peak else None
-            samplers[b] = timing.sampler([*ready, *(_call(b, s) for s in sets[1:])], case.device, b.wall)
-    seconds = sum(s.sample() for s in samplers.values())
-    for _ in range(max(_FEWEST, min(_MOST, int(_CASE_SECONDS / max(seconds, 1e-9))))):
-        for b, s in samplers.items():
-            rows[b.name].times.append(s.sample())
-    for b, s in samplers.items():
+    seconds = 0.0
+    for b, call in calls.items():
         row = rows[b.name]
-        row.info |= {"timer": s.method, "working_sets": len(sets)}
-        with _recorded(row):
-            _judged(row, judge(b.read(s.output())))
-        if row.status != "published":
-            row.times.clear()
-    for row in rows.values():
-        if row.times:
-            row.info |= _figures(case, row)
-            row.info["times_as_fast_as"] = {
-                other.backend: ratio(row, other) for other in rows.values() if other.times and other is not row
-            }
+        with _recorded(row, case.device):
+            if call.before:
+                call.before()
+            with timing.peak_memory(case.device) as peak:
+                call.run()
+            ready = timing.sampler([call, *(_call(b, s) for s in sets[1:])], case.device, b.wall)
+            row.info |= {"peak_bytes": peak[0] if peak else None, "timer": ready.method, "working_sets": len(sets)}
+            seconds += ready.sample()
+            samplers[b] = ready
+    for _ in range(max(_FEWEST, min(_MOST, int(_CASE_SECONDS / max(seconds, 1e-9))))):
+        for b, ready in samplers.items():
+            rows[b.name].times.append(ready.sample())
+    for b, ready in samplers.items():
+        with _recorded(rows[b.name], case.device):
+            _judged(rows[b.name], judge(b.read(ready.output())))
+        if rows[b.name].status != "published":
+            rows[b.name].times.clear()
+    timed_rows = [row for row in rows.values() if row.times]
+    for row in timed_rows:
+        row.info |= _figures(case, row, top)
+        row.info["times_as_fast_as"] = {o.backend: ratio(row, o) for o in timed_rows if o is not row}
 
 
 class _recorded:  # noqa: N801
     """Whatever is raised inside is why the row has no number."""
 
-    def __init__(self, row: Row):
-        self.row = row
+    def __init__(self, row: Row, device: torch.device):
+        self.row, self.device = row, device
 
     def __enter__(self) -> None:
         _log.debug("%s, %s", self.row.group, self.row.backend)
@@ -268,7 +273,14 @@ class _recorded:  # noqa: N801
         warnings.simplefilter("ignore")
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
+        # What runs on the device may fail after it was launched.
+        try:
+            timing.synchronize(self.device)
+        except Exception as late:
+            error = error or late
         self._warnings.__exit__(kind, error, trace)
+        if error is None:
+            return False
         if not isinstance(error, Exception):
             return False
         self.row.status, self.row.reason = "refused", one_line(error)
@@ -295,8 +307,8 @@ def _check_info(found: Check) -> dict[str, Any]:
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
-def _figures(case: Case, row: Row) -> dict[str, Any]:
-    seconds, top = statistics.median(row.times), timing.ceilings(case.device, case.dtype)
+def _figures(case: Case, row: Row, top: timing.Ceilings) -> dict[str, Any]:
+    seconds = statistics.median(row.times)
     moved, flops = case.cost()
     found = {
         "suite": case.suite,

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +147,20 @@ def _unpublished(entry: dict[str, Any]) -> Unpublished:
     return Unpublished(*(str(entry[name]) for name in names), {k: v for k, v in entry.items() if k not in names})
 
 
-def merge_order(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """All of `first`, then what only `second` has."""
-    return list(dict.fromkeys([*first, *second]))
+def seconds(value: float, short: bool = False) -> str:
+    """With a unit, and three digits unless `short`."""
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if value >= s), ("µs", 1e-6))
+    return f"{value / size:.3g} {unit}" if short else f"{_digits(value / size)} {unit}"
+
+
+def _digits(value: float) -> str:
+    """Three of them."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """A machine and its versions in a line."""
+    cpu = machine.get("cpu") or {}
+    processor = f"{cpu.get('brand_raw') or machine.get('machine')}, {cpu.get('count')} cores"
+    named = ", ".join(f"{name} {version}" for name, version in (machine.get("versions") or {}).items())
+    return f"{machine.get('gpu') or processor}; Python {machine.get('python_version')}, {named}"
