@@ -14,12 +14,16 @@ constexpr int H = HEAD_DIM;
 constexpr int TILE = 16;
 constexpr int ROWS = 8 * GROUPS;
 constexpr int WARPS = GROUPS * TEAMS, THREADS = 32 * WARPS;
-constexpr int PITCH = 2 * H + 16;  // bytes of a key in shared memory: 8 of them start in different banks
-constexpr int SLOT = TILE * PITCH;
+// In shared memory, 16 bytes follow each pair of keys, and each query: 8 of them then start in different banks.
+constexpr int KEY = 2 * H, PAIR = 2 * KEY + 16, SLOT = TILE / 2 * PAIR;
+constexpr int PITCH = 2 * H + 16;
+constexpr bool Q_IN_REGISTERS = H < 512;
+constexpr bool PUSH = CLUSTER > 1 && GROUPS == 1;  // partial sums go to the block that merges them; else it fetches them
+constexpr int SLICE = H / 4 / CLUSTER;             // float4 columns that a block of a cluster merges
 constexpr int O_PITCH = H + 4;  // floats of a row of partial sums
 constexpr float NONE = -1e30f;  // below every score, yet finite: NONE - NONE is 0
 constexpr float SLACK = 8;      // weights may grow to 2^8 before the running maximum follows
-static_assert(GROUPS <= SLOTS, "the partial sums of a team take the place of its slots");
+static_assert(GROUPS + PUSH <= SLOTS, "partial sums take the place of slots");
 
 struct Arguments {
   const bf16* q;  // [B, N, T, H], or FUSED: [B, (N + 2K) H]
@@ -32,7 +36,7 @@ struct Arguments {
   float* partial;
   u32* tickets;
   i64 q_row, q_head, q_token, kv_row, kv_head, k_position_row;
-  i32 batch, heads, kv_heads, tokens, capacity, window, wide_length, k_eq_v;
+  i32 batch, heads, kv_heads, tokens, capacity, window, wide_length, k_eq_v, early;
   float scale, eps;  // scale includes log2(e)
 };
 
@@ -48,6 +52,25 @@ DEVICE float4 cluster_load4(u32 address) {
                : "r"(address)
                : "memory");
   return x;
+}
+// Stores into a block's shared memory that its barrier counts.
+DEVICE void push4(u32 address, float4 x, u32 barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+                   address),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+               : "memory");
+}
+DEVICE void push2(u32 address, float x, float y, u32 barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(address),
+               "f"(x), "f"(y), "r"(barrier)
+               : "memory");
+}
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// Everything that the block wrote before a __syncthreads is visible to whoever sees the new value, and the reverse.
+DEVICE u32 ticket_taken(u32* ticket) {
+  u32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+  return before;
 }
 // Ordinary accesses to shared memory come before later asynchronous copies to it.
 DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -99,19 +122,28 @@ DEVICE Turn turn_of(const float* inv_freq, int position) {
 struct Vector {
   float low[PAIRS], high[PAIRS];
 };
-DEVICE Vector load_vector(const bf16* x) {
+struct __align__(2 * PAIRS) Packed {
+  bf16 x[PAIRS];
+};
+DEVICE Vector unpacked(const Packed (&x)[2]) {
   Vector y;
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i) {
-    y.low[i] = to_float(x[lane_id() * PAIRS + i]), y.high[i] = to_float(x[H / 2 + lane_id() * PAIRS + i]);
-  }
+  for (int i = 0; i < PAIRS; ++i) y.low[i] = to_float(x[0].x[i]), y.high[i] = to_float(x[1].x[i]);
   return y;
 }
+DEVICE void load_packed(Packed (&y)[2], const bf16* x) {
+  y[0] = reinterpret_cast<const Packed*>(x)[lane_id()], y[1] = reinterpret_cast<const Packed*>(x + H / 2)[lane_id()];
+}
+DEVICE Vector load_vector(const bf16* x) {
+  Packed y[2];
+  load_packed(y, x);
+  return unpacked(y);
+}
 DEVICE void store_vector(bf16* x, const Vector& y) {
+  Packed low, high;
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i) {
-    x[lane_id() * PAIRS + i] = to_bf16(y.low[i]), x[H / 2 + lane_id() * PAIRS + i] = to_bf16(y.high[i]);
-  }
+  for (int i = 0; i < PAIRS; ++i) low.x[i] = to_bf16(y.low[i]), high.x[i] = to_bf16(y.high[i]);
+  reinterpret_cast<Packed*>(x)[lane_id()] = low, reinterpret_cast<Packed*>(x + H / 2)[lane_id()] = high;
 }
 DEVICE Vector normed(const Vector& x, float eps) {
   float sum = 0;
@@ -146,7 +178,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   float* const block_l = block_m + ROWS;
   u64* const full = reinterpret_cast<u64*>(block_l + ROWS);  // [TEAMS][SLOTS]
   u64* const empty = full + TEAMS * SLOTS;
-  u32* const is_last = reinterpret_cast<u32*>(empty + TEAMS * SLOTS);
+  u64* const received = empty + TEAMS * SLOTS;
+  float2* const received_stats = reinterpret_cast<float2*>(received + 1);  // [CLUSTER][ROWS], PUSH
+  u32* const is_last = reinterpret_cast<u32*>(received_stats + CLUSTER * ROWS);
   i32* const key_positions = reinterpret_cast<i32*>(is_last + 2);  // [WARPS][SLOTS][TILE], POSITIONS
 
   const int lane = lane_id(), warp = threadIdx.x / 32, team = warp % TEAMS, group = warp / TEAMS;
@@ -161,12 +195,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     barrier_init(my_full + lane, 1), barrier_init(my_empty + lane, GROUPS);
     barrier_init_fence();
   }
+  if (PUSH && threadIdx.x == 0) barrier_init(received, 1), barrier_init_fence();
   if (GROUPS == 1) {
     __syncwarp();
   } else {
     __syncthreads();
   }
-  if (!FUSED) grid_wait(), grid_trigger();
+  bool waited = false;
+  const auto wait = [&]() {
+    if (!waited) grid_wait(), grid_trigger();
+    waited = true;
+  };
+  if (!FUSED && !a.early) wait();
 
   // 1. This cluster's share of the list of (row, kv head, tile).
   u32 total = 0;
@@ -181,11 +221,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   const auto start_of = [&](u32 part) { return total * part / parts; };
   u32 at = cluster < parts ? start_of(cluster) : 0;
   const u32 end = cluster < parts ? start_of(cluster + 1) : 0;
-  const u32 my_start = at;
 
   int slot = 0, b = 0;
-  u32 phase = 0, before = 0;  // before: tiles of the rows before b
-  if (FUSED && at == end) grid_wait(), grid_trigger();
+  u32 phase = 0, received_phase = 0, before = 0;  // before: tiles of the rows before b
+  if (at == end) wait();
   while (at < end) {
     Range range = range_of(a, b);
     while (at >= before + range.tiles() * a.kv_heads) {
@@ -232,21 +271,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (POSITIONS) seek();
     const auto fetch = [&](int into) {
       if (tile >= last) return;
-      int copied = TILE;
-      bool skip = false;
-      if (!POSITIONS) {
-        const int position = max(range.hi - TILE * (tile + 1) + lane % TILE, range.lo);
-        source = lo_slot + position - range.lo;
-        if (source >= a.capacity) source -= a.capacity;
-        skip = FUSED && position == newest_at;
-        if (FUSED && newest_at >= 0 && tile == 0) copied = newest_at == range.lo ? 0 : TILE - 1;
-      } else if (!is_v && lane < TILE) {
-        key_positions[(warp * SLOTS + into) * TILE + lane] = key_at;
-      }
+      if (POSITIONS && !is_v && lane < TILE) key_positions[(warp * SLOTS + into) * TILE + lane] = key_at;
       if (group == 0) {
-        if (lane == 0) barrier_expect(my_full + into, copied * 2 * H);
-        if (lane < TILE && !skip) {
-          copy_bulk(my_slots + into * SLOT + lane * PITCH, (is_v ? v : k) + i64(source) * H, 2 * H, my_full + into);
+        const bf16* const from = is_v ? v : k;
+        u8* const to = my_slots + into * SLOT;
+        const int oldest = range.hi - TILE * (tile + 1);
+        int start = lo_slot + oldest - range.lo;
+        if (start >= a.capacity) start -= a.capacity;
+        const bool is_newest = FUSED && newest_at >= 0 && tile == 0;
+        if (!POSITIONS && !is_newest && oldest >= range.lo && start + TILE <= a.capacity) {
+          if (lane == 0) {
+            barrier_expect(my_full + into, TILE * KEY);
+#pragma unroll
+            for (int i = 0; i < TILE / 2; ++i) {
+              copy_bulk(to + i * PAIR, from + i64(start + 2 * i) * H, 2 * KEY, my_full + into);
+            }
+          }
+        } else {
+          bool skip = false;
+          if (!POSITIONS) {
+            const int position = max(oldest + lane % TILE, range.lo);
+            source = lo_slot + position - range.lo;
+            if (source >= a.capacity) source -= a.capacity;
+            skip = is_newest && position == newest_at;
+          }
+          const int copied = !is_newest ? TILE : newest_at == range.lo ? 0 : TILE - 1;
+          if (lane == 0) barrier_expect(my_full + into, copied * KEY);
+          if (lane < TILE && !skip) {
+            copy_bulk(to + lane / 2 * PAIR + lane % 2 * KEY, from + i64(source) * H, KEY, my_full + into);
+          }
         }
       }
       if (is_v) {
@@ -266,11 +319,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       const bool holds_newest = a.k_norm && first == 0 && rank == 0;
       const Turn turn = turn_of(a.inv_freq, range.hi - 1);
       const Vector q_weight = load_vector(a.q_norm);
-      grid_wait(), grid_trigger();
+      wait();
       const bf16* const x = a.q + b * a.q_row;
-      for (int r = warp; r < G; r += WARPS) {
-        const Vector y = normed(load_vector(x + (kv * G + r) * H), a.eps);
-        store_vector(reinterpret_cast<bf16*>(q_rows + r * PITCH), rotated(y, q_weight, turn));
+      constexpr int BATCH = 4;
+      for (int r = warp; r < G; r += BATCH * WARPS) {
+        Packed raw[BATCH][2];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) load_packed(raw[i], x + (kv * G + min(r + i * WARPS, G - 1)) * H);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          if (r + i * WARPS >= G) break;
+          const Vector y = rotated(normed(unpacked(raw[i]), a.eps), q_weight, turn);
+          store_vector(reinterpret_cast<bf16*>(q_rows + (r + i * WARPS) * PITCH), y);
+        }
       }
       if (holds_newest && warp == WARPS - 1) {
         const i64 offset = i64(newest_at % a.capacity) * H;
@@ -287,6 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       }
     }
 #else
+    wait();
     for (int i = threadIdx.x; i < rows * (H / 8); i += THREADS) {
       const int row = i / (H / 8), column = i % (H / 8);
       const bf16* const from = a.q + b * a.q_row + (kv * G + row / a.tokens) * a.q_head + row % a.tokens * a.q_token;
@@ -297,12 +359,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       reinterpret_cast<uint4*>(q_rows + i / (H / 8) * PITCH)[i % (H / 8)] = {0, 0, 0, 0};
     }
     __syncthreads();
-    u32 q[H / 16][2];
+    const u8* const my_q = q_rows + (group * 8 + lane % 8) * PITCH + lane / 8 * 16;
+    u32 q[Q_IN_REGISTERS ? H / 32 : 1][4];
+    if (Q_IN_REGISTERS) {
 #pragma unroll
-    for (int i = 0; i < H / 32; ++i) {
-      u32 x[4];
-      load_matrix(x, q_rows + (group * 8 + lane % 8) * PITCH + lane / 8 * 16 + i * 64);
-      q[2 * i][0] = x[0], q[2 * i][1] = x[1], q[2 * i + 1][0] = x[2], q[2 * i + 1][1] = x[3];
+      for (int i = 0; i < H / 32; ++i) load_matrix(q[i], my_q + i * 64);
     }
 
     // 4. The stream
@@ -312,7 +373,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const auto arrive_newest = [&](u8* rows_at, int which) {
       for (int i = newest_at == range.lo ? 0 : TILE - 1; i < TILE; ++i) {
         for (int c = lane; c < H / 8; c += 32) {
-          reinterpret_cast<uint4*>(rows_at + i * PITCH)[c] = reinterpret_cast<const uint4*>(newest + which * PITCH)[c];
+          reinterpret_cast<uint4*>(rows_at + i / 2 * PAIR + i % 2 * KEY)[c] =
+              reinterpret_cast<const uint4*>(newest + which * PITCH)[c];
         }
       }
       proxy_fence();
@@ -334,18 +396,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       if (is_newest) arrive_newest(keys, 0);
       float s4[4][4] = {};
 #pragma unroll
-      for (int i = 0; i < H / 16; ++i) {
-        u32 x[4];
-        load_matrix(x, keys + lane % 16 * PITCH + lane / 16 * 16 + i * 32);
-        mma(s4[i % 4], x, q[i]);
+      for (int i = 0; i < H / 32; ++i) {
+        u32 loaded[4];
+        if (!Q_IN_REGISTERS) load_matrix(loaded, my_q + i * 64);
+        const u32(&y)[4] = Q_IN_REGISTERS ? q[i] : loaded;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          u32 x[4];
+          load_matrix(x, keys + lane % 8 * PAIR + lane / 8 % 2 * KEY + lane / 16 * 16 + i * 64 + j * 32);
+          mma(s4[i % 2 * 2 + j], x, {y[2 * j], y[2 * j + 1]});
+        }
       }
       float s[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[i] = (s4[0][i] + s4[1][i] + s4[2][i] + s4[3][i]) * a.scale;
-      int at0 = range.hi - TILE * (now + 1) + lane / 4, at1 = at0 + 8;
+      int at0 = range.hi - TILE * (now + 1) + lane / 4 * 2, at1 = at0 + 1;
       if (POSITIONS) {
-        const i32* const p = key_positions + (warp * SLOTS + slot) * TILE + lane / 4;
-        at0 = p[0], at1 = p[8];
+        const i32* const p = key_positions + (warp * SLOTS + slot) * TILE + lane / 4 * 2;
+        at0 = p[0], at1 = p[1];
       }
       const int oldest = range.hi - TILE * (now + 1), youngest = oldest + TILE - 1;
       if (POSITIONS || oldest < range.lo || youngest > lowest || (a.window && oldest <= highest - a.window)) {
@@ -381,13 +449,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll
       for (int i = 0; i < H / 16; ++i) {
         u32 x[4];
-        load_matrix_transposed(x, values + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16 + i * 32);
+        load_matrix_transposed(x, values + lane % 8 * PAIR + lane / 16 * KEY + lane / 8 % 2 * 16 + i * 32);
         mma(o[i], x, p);
       }
       release();
     }
 
-    // 5. The sum over a block's teams
+    // 5. The sum over a block's teams, of which each block of the cluster is sent its columns
+    const auto sums = [&](int t) { return reinterpret_cast<float*>(slots + t * SLOTS * SLOT); };
+    float4* const inbox = reinterpret_cast<float4*>(slots + SLOT);  // [CLUSTER][rows][SLICE], PUSH
+    if (PUSH) {
+      if (threadIdx.x == 0) barrier_expect(received, CLUSTER * rows * (16 * SLICE + 8));
+      cluster_arrive_relaxed();
+    }
     if (GROUPS > 1) __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -395,121 +469,136 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       for (int step = 4; step < 32; step *= 2) l[i] += __shfl_xor_sync(0xffffffffu, l[i], step);
       if (lane < 4) team_m[team * ROWS + r0 + i] = m[i], team_l[team * ROWS + r0 + i] = l[i];
       if (r0 + i < rows) {
-        float* const row = reinterpret_cast<float*>(my_slots) + (r0 + i) * O_PITCH + lane / 4;
+        float* const row = sums(team) + (r0 + i) * O_PITCH + lane / 4;
 #pragma unroll
         for (int d = 0; d < H / 16; ++d) row[d * 16] = o[d][i], row[d * 16 + 8] = o[d][i + 2];
       }
     }
     __syncthreads();
-    const int elements = rows * (H / 4);
-    const auto sums = [&](int t) { return reinterpret_cast<float*>(slots + t * SLOTS * SLOT); };
-    if (TEAMS > 1) {
-      for (int e = threadIdx.x; e < elements; e += THREADS) {
-        const int row = e / (H / 4), offset = row * O_PITCH + e % (H / 4) * 4;
-        float top = NONE;
+    if (PUSH) cluster_wait();
+    for (int e = threadIdx.x; e < rows * (H / 4); e += THREADS) {
+      const int row = e / (H / 4), column = e % (H / 4), offset = row * O_PITCH + column * 4;
+      float top = NONE, sum_l = 0;
 #pragma unroll
-        for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + row]);
-        float4 sum = {0, 0, 0, 0};
+      for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + row]);
+      float4 sum = {0, 0, 0, 0};
 #pragma unroll
-        for (int t = 0; t < TEAMS; ++t) {
-          add_scaled(sum, exp2f(team_m[t * ROWS + row] - top), *reinterpret_cast<float4*>(sums(t) + offset));
+      for (int t = 0; t < TEAMS; ++t) {
+        const float f = exp2f(team_m[t * ROWS + row] - top);
+        sum_l += f * team_l[t * ROWS + row];
+        add_scaled(sum, f, *reinterpret_cast<float4*>(sums(t) + offset));
+      }
+      if (PUSH) {
+        const int owner = column / SLICE;
+        const u32 barrier = cluster_address(received, owner);
+        push4(cluster_address(inbox + (rank * rows + row) * SLICE + column % SLICE, owner), sum, barrier);
+        if (column % SLICE == 0) {
+          push2(cluster_address(received_stats + rank * ROWS + row, owner), top, sum_l, barrier);
         }
+      } else {
         *reinterpret_cast<float4*>(sums(0) + offset) = sum;
+        if (column == 0) block_m[row] = top, block_l[row] = sum_l;
       }
     }
-    if (threadIdx.x < rows) {
-      float top = NONE, sum = 0;
-      for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + threadIdx.x]);
-      for (int t = 0; t < TEAMS; ++t) sum += exp2f(team_m[t * ROWS + threadIdx.x] - top) * team_l[t * ROWS + threadIdx.x];
-      block_m[threadIdx.x] = top, block_l[threadIdx.x] = sum;
-    }
-    if (CLUSTER > 1) {
+    if (PUSH) {
+      barrier_wait(received, received_phase);
+      received_phase ^= 1;
+    } else if (CLUSTER > 1) {
       cluster_arrive(), cluster_wait();
     } else {
       __syncthreads();
     }
 
-    // 6. The sum over a cluster's blocks, of which each merges a slice of the rows
-    const bool whole = at == item_start && min(end, item_end) == item_end;
-    const int slice = elements / CLUSTER, from = rank * slice;
-    const auto stats_of = [&](u32 part, bool starts_here) {
-      return a.partial + i64(2 * clusters) * rows * H + i64((2 * part + !starts_here) * CLUSTER + rank) * 2 * rows;
+    // 6. The sum over the cluster's blocks
+    const bool whole = at == item_start && end >= item_end;
+    const auto part_of = [&](u32 part) { return 2 * part + (start_of(part) < item_start); };
+    const auto sums_of = [&](u32 part) { return reinterpret_cast<float4*>(a.partial) + i64(part_of(part)) * rows * (H / 4); };
+    const auto stats_of = [&](u32 part) {
+      float* const stats = a.partial + i64(2 * clusters) * rows * H;
+      return reinterpret_cast<float2*>(stats) + i64(part_of(part) * CLUSTER + rank) * rows;
     };
-    const auto sums_of = [&](u32 part, bool starts_here) { return a.partial + i64(2 * part + !starts_here) * rows * H; };
-    const auto write = [&](int e, float4 sum, float l) {
-      const int row = e / (H / 4), head = kv * G + row / a.tokens, t = row % a.tokens;
+    const auto write = [&](int row, int column, float4 sum, float l) {
+      const int head = kv * G + row / a.tokens, t = row % a.tokens;
       const float f = l > 0 ? 1 / l : 0;
-      const uint2 pair = {to_bf16x2(sum.x * f, sum.y * f), to_bf16x2(sum.z * f, sum.w * f)};
       bf16* const to = a.out + ((i64(b) * a.tokens + t) * a.heads + head) * H;
-      reinterpret_cast<uint2*>(to)[e % (H / 4)] = pair;
+      reinterpret_cast<uint2*>(to)[column] = {to_bf16x2(sum.x * f, sum.y * f), to_bf16x2(sum.z * f, sum.w * f)};
     };
-    for (int e = from + threadIdx.x; e < from + slice; e += THREADS) {
-      const int row = e / (H / 4), offset = row * O_PITCH + e % (H / 4) * 4;
-      float mi[CLUSTER], li[CLUSTER];
+    for (int e = threadIdx.x; e < rows * SLICE; e += THREADS) {
+      const int row = e / SLICE, column = rank * SLICE + e % SLICE, offset = row * O_PITCH + column * 4;
+      float2 stats[CLUSTER];
       float4 x[CLUSTER];
 #pragma unroll
       for (int i = 0; i < CLUSTER; ++i) {
-        if (CLUSTER > 1) {
-          mi[i] = cluster_load(cluster_address(block_m + row, i)), li[i] = cluster_load(cluster_address(block_l + row, i));
+        if (PUSH) {
+          stats[i] = received_stats[i * ROWS + row], x[i] = inbox[i * rows * SLICE + e];
+        } else if (CLUSTER > 1) {
+          stats[i].x = cluster_load(cluster_address(block_m + row, i));
+          stats[i].y = cluster_load(cluster_address(block_l + row, i));
           x[i] = cluster_load4(cluster_address(sums(0) + offset, i));
         } else {
-          mi[i] = block_m[row], li[i] = block_l[row];
-          x[i] = *reinterpret_cast<float4*>(sums(0) + offset);
+          stats[i] = {block_m[row], block_l[row]}, x[i] = *reinterpret_cast<float4*>(sums(0) + offset);
         }
       }
       float top = NONE, sum_l = 0;
       float4 sum = {0, 0, 0, 0};
 #pragma unroll
-      for (int i = 0; i < CLUSTER; ++i) top = fmaxf(top, mi[i]);
+      for (int i = 0; i < CLUSTER; ++i) top = fmaxf(top, stats[i].x);
 #pragma unroll
       for (int i = 0; i < CLUSTER; ++i) {
-        const float f = exp2f(mi[i] - top);
-        sum_l += f * li[i], add_scaled(sum, f, x[i]);
+        const float f = exp2f(stats[i].x - top);
+        sum_l += f * stats[i].y, add_scaled(sum, f, x[i]);
       }
       if (whole) {
-        write(e, sum, sum_l);
+        write(row, column, sum, sum_l);
       } else {
-        reinterpret_cast<float4*>(sums_of(cluster, at == my_start))[e] = sum;
-        float* const stats = stats_of(cluster, at == my_start);
-        if (e == from || e % (H / 4) == 0) stats[2 * row] = top, stats[2 * row + 1] = sum_l;
+        sums_of(cluster)[row * (H / 4) + column] = sum;
+        if (e % SLICE == 0) stats_of(cluster)[row] = {top, sum_l};
       }
     }
 
-    // 7. The sum over clusters: by the last one to arrive, slice by slice
+    // 7. The sum over clusters: by the last one to arrive, each block its columns
     if (!whole) {
-      u32 c0 = static_cast<u64>(item_start) * parts / total;
-      while (start_of(c0 + 1) <= item_start) ++c0;
-      u32 c1 = c0 + 1;
+      u32 c0 = cluster, c1 = cluster + 1;
+      while (start_of(c0) > item_start) --c0;
       while (c1 < parts && start_of(c1) < item_end) ++c1;
       u32* const ticket = a.tickets + (b * a.kv_heads + kv) * CLUSTER + rank;
-      __threadfence();
       __syncthreads();
-      if (threadIdx.x == 0) *is_last = atomicAdd(ticket, 1) == c1 - c0 - 1;
+      if (threadIdx.x == 0) *is_last = ticket_taken(ticket) == c1 - c0 - 1;
       __syncthreads();
       if (*is_last) {
-        __threadfence();
         if (threadIdx.x == 0) *ticket = 0;
-        for (int e = from + threadIdx.x; e < from + slice; e += THREADS) {
-          const int row = e / (H / 4);
+        for (int e = threadIdx.x; e < rows * SLICE; e += THREADS) {
+          const int row = e / SLICE, column = rank * SLICE + e % SLICE;
           float top = NONE, sum_l = 0;
           float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
-          for (u32 c = c0; c < c1; ++c) top = fmaxf(top, __ldcg(stats_of(c, start_of(c) >= item_start) + 2 * row));
-#pragma unroll 4
-          for (u32 c = c0; c < c1; ++c) {
-            const bool starts_here = start_of(c) >= item_start;
-            const float* const stats = stats_of(c, starts_here) + 2 * row;
-            const float f = exp2f(__ldcg(stats) - top);
-            sum_l += f * __ldcg(stats + 1);
-            add_scaled(sum, f, __ldcg(reinterpret_cast<const float4*>(sums_of(c, starts_here)) + e));
+          constexpr int BATCH = 8;
+          for (u32 c = c0; c < c1; c += BATCH) {
+            float2 stats[BATCH];
+            float4 x[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+              const u32 part = min(c + i, c1 - 1);
+              stats[i] = __ldcg(stats_of(part) + row);
+              x[i] = __ldcg(sums_of(part) + row * (H / 4) + column);
+            }
+            const float old = top;
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) top = fmaxf(top, stats[i].x);
+            const float kept = exp2f(old - top);
+            sum_l *= kept, sum = {sum.x * kept, sum.y * kept, sum.z * kept, sum.w * kept};
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+              const float f = c + i < c1 ? exp2f(stats[i].x - top) : 0;
+              sum_l += f * stats[i].y, add_scaled(sum, f, x[i]);
+            }
           }
-          write(e, sum, sum_l);
+          write(row, column, sum, sum_l);
         }
       }
     }
-    // Others read this block's sums until here; then copies may overwrite them, or the block end.
+    // Until here the block's sums were read; copies may overwrite them now.
     proxy_fence();
-    if (CLUSTER > 1) {
+    if (CLUSTER > 1 && !PUSH) {
       cluster_arrive(), cluster_wait();
     } else {
       __syncthreads();

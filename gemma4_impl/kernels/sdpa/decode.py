@@ -1,4 +1,4 @@
-"""Launches decode.cu: attention of a few new tokens to a key/value cache on Hopper, alone or with what comes before it."""
+"""Launches decode.cu: attention of a few new tokens to a cache on Hopper, alone or with what comes before it."""
 
 import ctypes
 import functools
@@ -25,7 +25,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("q_norm", "k_norm", "inv_freq", "partial", "tickets")),
         *((name, ctypes.c_int64) for name in ("q_row", "q_head", "q_token", "kv_row", "kv_head", "k_position_row")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "tokens", "capacity", "window")),
-        *((name, ctypes.c_int32) for name in ("wide_length", "k_eq_v")),
+        *((name, ctypes.c_int32) for name in ("wide_length", "k_eq_v", "early")),
         *((name, ctypes.c_float) for name in ("scale", "eps")),
     ]
 
@@ -44,17 +44,22 @@ class Split:
     def shared_bytes(self, head_dim: int, positions: bool) -> int:
         rows, pitch = 8 * self.groups, 2 * head_dim + 16
         slots = self.teams * self.slots
-        bytes_ = (slots * _TILE + rows + 2) * pitch + 4 * (2 * self.teams + 2) * rows + 16 * slots + 8
-        return bytes_ + 4 * positions * slots * self.groups * _TILE
+        keys = slots * _TILE // 2 * (4 * head_dim + 16) + (rows + 2) * pitch
+        sums = (8 * self.teams + 8 + 8 * self.cluster) * rows
+        return keys + sums + 16 * slots + 16 + 4 * positions * slots * self.groups * _TILE
 
 
-def split_of(head_dim: int, rows: int, items: int, device: int) -> Split:
-    """The division for `rows` = G * T query rows of each of `items` = B * K kv heads."""
+def split_of(head_dim: int, rows: int, items: int, multiprocessors: int) -> Split:
+    """The division for `rows` = G * T query rows of each of `items` = B * K kv heads, on a GPU of so many
+    multiprocessors."""
     groups = next(g for g in (1, 2, 4, 8) if rows <= 8 * g)
-    teams = min(8 // groups, 4 if head_dim == 512 else 8)
+    teams = {512: 2, 256: 4}.get(head_dim, 8) if groups == 1 else 8 // groups
+    if head_dim == 512:
+        teams = min(teams, 4)
     slots = {(512, 1): 3, (512, 2): 3, (512, 4): 5, (256, 1): 3}.get((head_dim, groups), max(4, groups))
     cluster = next((c for c in (8, 4, 2) if items * c <= 128), 1)
-    return Split(groups, teams, slots, cluster, _multiprocessors(device) // cluster)
+    blocks = multiprocessors * (2 if head_dim == 512 and groups == 1 else 1)
+    return Split(groups, teams, slots, cluster, blocks // cluster)
 
 
 def decode(
@@ -68,6 +73,7 @@ def decode(
     window: int | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
+    overlap: bool = False,
     split: Split | None = None,
 ) -> Tensor:
     """`naive.sdpa` for T <= 8 queries of a cache, on a Hopper GPU; the time follows what `length` says, not C.
@@ -80,6 +86,8 @@ def decode(
         q_positions: int64 [B, T], -1 for padding; by default the last T of the row.
         k_positions: int64 [B, C], -1 where there is no key.
         out: [B, N, T, H], a transposed view of a contiguous [B, T, N, H].
+        overlap: read positions, `length` and the cache while the kernel before this one still runs: as `decode_fused`,
+            and the new tokens must be in the cache by then, too.
     Returns `out`. Its workspace is shared by all calls on a device, which must therefore be on one stream at a time.
     Raises ValueError for what it does not compute."""
     B, N, T, H = q.shape
@@ -100,7 +108,7 @@ def decode(
         out = torch.empty(B, T, N, H, dtype=q.dtype, device=q.device).transpose(1, 2)
     elif out.shape != q.shape or out.dtype != q.dtype or not out.transpose(1, 2).is_contiguous():
         raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, a transposed view of a contiguous [B, T, N, H]")
-    split = split or split_of(H, N // K * T, B * K, q.device.index)
+    split = split or split_of(H, N // K * T, B * K, _multiprocessors(q.device))
     arguments = _Arguments(
         q=q.data_ptr(),
         k=k.data_ptr(),
@@ -122,6 +130,7 @@ def decode(
         capacity=C,
         window=window or 0,
         wide_length=length is not None and length.dtype == torch.long,
+        early=overlap,
         scale=scale * _LOG2E,
     )
     _launch(arguments, split, H, k_positions is not None, False, True, q.device)
@@ -177,7 +186,7 @@ def decode_fused(
         raise ValueError(f"out must be bfloat16 [{B}, {N * H}]")
     _check_lengths(position, "position", B)
     _check(qkv.view(B, -1, 1, H), k_cache, v_cache, N // K)
-    split = split or split_of(H, N // K, B * K, qkv.device.index)
+    split = split or split_of(H, N // K, B * K, _multiprocessors(qkv.device))
     arguments = _Arguments(
         q=qkv.data_ptr(),
         k=k_cache.data_ptr(),
@@ -198,6 +207,7 @@ def decode_fused(
         window=window or 0,
         wide_length=position.dtype == torch.long,
         k_eq_v=k_eq_v,
+        early=True,
         scale=_LOG2E,
         eps=eps,
     )
@@ -280,5 +290,5 @@ def _workspace(device: torch.device, sums: int, tickets: int) -> tuple[Tensor, T
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

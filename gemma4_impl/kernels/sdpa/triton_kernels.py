@@ -6,13 +6,15 @@ import triton
 import triton.language as tl
 
 _FAR = tl.constexpr(2**31 - 1)
+# A kernel for every size, not another for those that 16 divides; that matters for the strides of what is loaded.
+_SIZES = ("GROUP", "B", "N", "T", "S", "window", "splits", "qp_b", "kp_b", "ends_b")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, q_positions_ptr, k_positions_ptr, ends_ptr, q_b, q_n, q_t, q_h, k_b, k_k, k_s, k_h,
-    v_b, v_k, v_s, v_h, out_b, out_n, out_t, out_h, qp_b, qp_t, kp_b, kp_s, ends_b, ends_t, B, N, T, S, window, scale,
-    GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    v_b, v_k, v_s, v_h, out_b, out_n, out_t, out_h, qp_b, qp_t, kp_b, kp_s, ends_b, ends_t, GROUP, B, N, T, S,
+    window, scale, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     V_PARTS: tl.constexpr, HAS_Q_POSITIONS: tl.constexpr, HAS_K_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,10 +158,10 @@ def _range(positions, stride, S, first, last):
     return start, tl.where(wrapped, total, tl.maximum(high + 1 - low, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, workspace_ptr, length_ptr, q_positions_ptr, k_positions_ptr, q_b, q_n, q_t, q_h, k_b, k_k,
-    k_s, k_h, v_b, v_k, v_s, v_h, length_b, qp_b, qp_t, kp_b, kp_s, scale, T, S, window, splits, GROUP: tl.constexpr,
+    k_s, k_h, v_b, v_k, v_s, v_h, length_b, qp_b, qp_t, kp_b, kp_s, scale, GROUP, T, S, window, splits,
     H: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_K_POSITIONS: tl.constexpr,
     EARLY: tl.constexpr, HAS_Q_POSITIONS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -238,10 +240,10 @@ def _share(length, T, S, window, splits, BLOCK_N: tl.constexpr, HAS_K_POSITIONS:
     return start, tl.cdiv(tl.cdiv(count, splits), BLOCK_N) * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def combine_kernel(
-    workspace_ptr, out_ptr, length_ptr, out_b, out_n, out_t, out_h, length_b, T, S, window, splits,
-    GROUP: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    workspace_ptr, out_ptr, length_ptr, out_b, out_n, out_t, out_h, length_b, GROUP, T, S, window, splits,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_K_POSITIONS: tl.constexpr, EARLY: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
