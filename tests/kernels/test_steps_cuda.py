@@ -37,7 +37,7 @@ def test_repeated_runs_agree(rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(None, None), (1, None), (64, 0.95), (100, 0.5), (256, 1.0), (300, 0.9), (None, 0.9)]
+    "filters", [(None, None), (1, None), (64, 0.95), (100, 0.5), (256, 1.0), (300, 0.9), (None, 0.9)]
 )
 @pytest.mark.parametrize("size", [V, 1000, 3])
 def test_draws_are_the_definition(size: int, filters: tuple, dtype: torch.dtype) -> None:
@@ -52,10 +52,8 @@ def test_draws_are_the_definition(size: int, filters: tuple, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 64, 0.95), (0.3, 20, None), (2.0, 256, 0.7)])
-def test_candidates_are_those_of_the_sampler(
-    temperature: float, top_k: int, top_p: float | None, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("how", [(1.0, 64, 0.95), (0.3, 20, None), (2.0, 256, 0.7)])
+def test_candidates_are_those_of_the_sampler(how: tuple, dtype: torch.dtype) -> None:
     """Every id that the sampler allows is drawn, and no other: with logits that differ little, and with ties."""
     logits = 0.2 * normal(1, V, seed=5, dtype=dtype, device="cuda").clamp(max=3.5)
     kept = allowed(logits.float(), *how)[0].nonzero().flatten()
@@ -64,15 +62,13 @@ def test_candidates_are_those_of_the_sampler(
     assert torch.equal(drawn, kept)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.8, 64, None), (1.0, 64, 0.95), (1.5, 256, 0.9)]
-)
-def test_frequencies(temperature: float, top_k: int | None, top_p: float | None) -> None:
+@pytest.mark.parametrize("how", [(1.0, None, None), (0.8, 64, None), (1.0, 64, 0.95), (1.5, 256, 0.9)])
+def test_frequencies(how: tuple) -> None:
     logits = 2 * normal(1, V, seed=6, dtype=torch.bfloat16, device="cuda")
-    kept = (
-        allowed(logits.float(), temperature, top_k, top_p)[0] if top_k else torch.ones_like(logits[0], dtype=torch.bool)
-    )
-    p = torch.softmax((logits[0].double() / temperature).masked_fill(~kept, -math.inf), dim=0)
+    scores = logits[0].double() / how[0]
+    if how[1]:
+        scores = scores.masked_fill(~allowed(logits.float(), *how)[0], -math.inf)
+    p = torch.softmax(scores, dim=0)
     state, rows = steps.sampling_state(12, "cuda"), logits.expand(500, -1)
     ids = torch.cat([steps.sample(rows, *how, state) for _ in range(40)])
     # Bins of about equal probability, over ids in order.
