@@ -101,9 +101,8 @@ def _ranks(key, k, BITS: tl.constexpr):
         counted += (key >= threshold + 2 * step).to(tl.int64) << 21
         counted += (key >= threshold + 3 * step).to(tl.int64) << 42
         counts = tl.sum(counted, axis=0)
-        mask: tl.constexpr = (1 << 21) - 1
-        reached = ((counts & mask) >= k).to(tl.int32)
-        reached += ((counts >> 21 & mask) >= k).to(tl.int32) + ((counts >> 42) >= k).to(tl.int32)
+        reached = ((counts & 0x1FFFFF) >= k).to(tl.int32)
+        reached += ((counts >> 21 & 0x1FFFFF) >= k).to(tl.int32) + ((counts >> 42) >= k).to(tl.int32)
         threshold += reached * step
     above, equal = (key > threshold).to(tl.int32), (key == threshold).to(tl.int32)
     before = tl.cumsum(above | equal << 16, axis=0)
