@@ -1,8 +1,6 @@
 """Whole models to time: the same checkpoint and tokens for ours, Hugging Face's and JAX."""
 
-import atexit
 import functools
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import needs
+from bench.harness import needs, scratch
 from gemma4_impl.config import LayerConfig, TextConfig
 from gemma4_impl.generate import bytes_per_token, prefill
 from gemma4_impl.model.decoder import Gemma4
@@ -32,19 +30,12 @@ TRANSFORMERS, JAX = needs("transformers"), needs("jax", "flax")
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="gemma4-bench-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-@functools.cache
 def checkpoint(variant: str, size: str, dtype: str = "float32", **overrides: int) -> Path:
     """Folder of a random checkpoint, made once a run."""
     from reference.tiny import make_tiny
 
     name = "-".join([variant, size, dtype, *overrides])
-    return make_tiny(variant, _folder() / name, dtype=dtype, overrides=SIZES[size] | overrides)
+    return make_tiny(variant, scratch() / name, dtype=dtype, overrides=SIZES[size] | overrides)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _group(results: Results, name: str) -> Group:
 
 
 def _rooflines(results: Results) -> list[tuple[str, Markup]]:
-    """A figure for each device, dtype and number of threads that rows with both bytes and operations were timed with."""
+    """A figure for each device, dtype and number of threads, of the rows whose bytes and operations are counted."""
     figures = []
     for (device, dtype, threads), top in results.ceilings.items():
         rows = [

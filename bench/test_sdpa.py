@@ -54,7 +54,7 @@ SHAPES = [
     Shape("tiny", 4, 2, 32, 1, 40),
     Shape("small", 8, 2, 128, 512, 512),
     Shape("small", 8, 4, 64, 512, 512, 128),
-    *(Shape("small", 8, 2, 128, 1, S) for S in (1024, 4096, 16384)),
+    *(Shape("small", 8, 2, 128, 1, S, None, torch.bfloat16) for S in (1024, 4096, 16384)),
     Shape("small", 8, 4, 64, 1, 128, 128),
 ]
 if torch.cuda.is_available():
@@ -75,9 +75,9 @@ class Inputs:
     v: Tensor
     q_positions: Tensor
     k_positions: Tensor
-    """[1, S]: in order, or in a ring that has gone round."""
+    """[1, S]: position p is in slot p % S."""
     length: Tensor
-    """[1], on the device: how many positions there are."""
+    """[1], on the device: how many tokens there are; of a ring, more than it holds."""
     window: int | None
 
     @property
@@ -107,12 +107,12 @@ def _make(shape: Shape, i: int) -> Inputs:
 
     # The scale of attention is 1: queries as large as keys would make every softmax a choice of one.
     q, k, v = random(shape.N, shape.T, shape.H**-0.5), random(shape.K, shape.S), random(shape.K, shape.S)
-    positions = torch.arange(shape.S, device=device)[None]
-    if shape.T == 1 and shape.window is not None:
-        positions = positions.roll(shape.S // 3, 1)
-    last = torch.arange(shape.S - shape.T, shape.S, device=device)[None]
-    length = torch.full((1,), shape.S, dtype=torch.int32, device=device)
-    return Inputs(q, k, v, last, positions, length, shape.window)
+    # A ring has gone round three times and a third.
+    end = shape.S * 10 // 3 if shape.T == 1 and shape.window else shape.S
+    slots = torch.arange(shape.S, device=device)
+    positions = (slots + (end - 1 - slots) // shape.S * shape.S)[None]
+    last = torch.arange(end - shape.T, end, device=device)[None]
+    return Inputs(q, k, v, last, positions, torch.full((1,), end, dtype=torch.int32, device=device), shape.window)
 
 
 def _judge(inputs: Inputs) -> Callable[[Any], Any]:
@@ -126,8 +126,9 @@ def _judge(inputs: Inputs) -> Callable[[Any], Any]:
 def _ours(inputs: Inputs) -> Callable[[], Tensor]:
     from gemma4_impl.kernels.sdpa.dispatch import sdpa
 
-    q, k, v = inputs.q, inputs.k, inputs.v
-    return lambda: sdpa(q, k, v, inputs.q_positions, inputs.k_positions, window=inputs.window)
+    q, k, v, window = inputs.q, inputs.k, inputs.v, inputs.window
+    length = None if inputs.causal else inputs.length
+    return lambda: sdpa(q, k, v, length=length, window=window)
 
 
 def _torch(kind: SDPBackend, expand: bool = False) -> Callable[[Inputs], Callable[[], Tensor]]:

@@ -1,20 +1,14 @@
-"""A vocabulary of Gemma 4's size, 262,144 tokens and 514,906 merges: seconds and memory to load it, speed to encode."""
+"""A vocabulary of Gemma 4's size, 262,144 tokens and 514,906 merges: to load it, and to encode with it."""
 
+import functools
 import itertools
 import json
-import math
-import os
 import random
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import gguf
-import pytest
-from gguf import TokenType
-
+from bench.harness import Backend, Case, equal_to, grid, needs, publish, scratch, timed
 from gemma4_impl.tokenizer import Tokenizer
 
 TOKENS, MERGES = 262_144, 514_906
@@ -23,19 +17,6 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]
 LETTERS = (
     "▁" + "abcdefghijklmnopqrstuvwxyz" + "".join(map(chr, range(0x430, 0x445))) + "川山水火木金土日月人大小上中下左"
 )
-PEAK = """
-import sys, torch
-from gemma4_impl.gguf import tokenizer
-from gemma4_impl.tokenizer import Tokenizer
-
-def peak():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-
-before = peak()
-Tokenizer.from_pretrained(sys.argv[1])
-print(peak() - before)
-"""
 
 
 def vocabulary() -> tuple[list[str], list[str]]:
@@ -88,6 +69,9 @@ def write_folder(folder: Path, tokens: list[str], merges: list[str]) -> Path:
 
 
 def write_gguf(path: Path, tokens: list[str], merges: list[str]) -> Path:
+    import gguf
+    from gguf import TokenType
+
     kinds = {True: TokenType.CONTROL, False: TokenType.NORMAL}
     writer = gguf.GGUFWriter(path, "gemma4")
     writer.add_tokenizer_model("gemma4")
@@ -105,15 +89,17 @@ def write_gguf(path: Path, tokens: list[str], merges: list[str]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, Path]:
-    folder, (tokens, merges) = tmp_path_factory.mktemp("real_size"), vocabulary()
+@functools.cache
+def _sources() -> dict[str, Path]:
+    folder, (tokens, merges) = scratch() / "real_size", vocabulary()
+    folder.mkdir()
     return {
         "tokenizer.json": write_folder(folder / "checkpoint", tokens, merges),
         "GGUF": write_gguf(folder / "vocab.gguf", tokens, merges),
     }
 
 
+@functools.cache
 def _text(size: int) -> str:
     """Words of 1 to 9 letters, one character in a thousand an emoji that only its bytes spell."""
     rng = random.Random(1)
@@ -124,50 +110,60 @@ def _text(size: int) -> str:
     return " ".join(words)
 
 
-def _peak(source: Path) -> float:
-    """MB that loading adds to the peak of a process that has imported everything; NaN where there is no /proc."""
-    if not Path("/proc/self/status").exists():
-        return math.nan
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", PEAK, str(source)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout) * 1024 / 1e6
+def _ids(tokenizer: Any) -> list[list[int]]:
+    """Of the texts that all must agree on."""
+    encoded = [tokenizer.encode(text) for text in ("", " the river \n\t🙂\x00 <|turn>", _text(20_000))]
+    return [list(getattr(ids, "ids", ids)) for ids in encoded]
 
 
-def test_load(benchmark, sources) -> None:
-    """Both, in turn; they must then give the same ids."""
-    texts = ["", " the river \n\t🙂\x00 <|turn>", _text(20_000)]
-    loaded = {name: Tokenizer.from_pretrained(path) for name, path in sources.items()}
-    for text in texts:
-        ids = loaded["tokenizer.json"].encode(text)
-        assert loaded["GGUF"].encode(text) == ids
-        assert loaded["GGUF"].decode(ids[1:], skip_special=False) == text
-    assert [len(tokenizer) for tokenizer in loaded.values()] == [TOKENS] * 2
-    del loaded
-    seconds: dict[str, list[float]] = {name: [] for name in sources}
+def _backend(name: str, source: str, ours: bool = True) -> Backend:
+    def prepare(sources: dict[str, Path]) -> Callable[[], Any]:
+        if ours:
+            return lambda: Tokenizer.from_pretrained(sources[source])
+        import tokenizers
 
-    def load_each() -> None:
-        for name, path in sources.items():
-            start = time.perf_counter()
-            Tokenizer.from_pretrained(path)
-            seconds[name].append(time.perf_counter() - start)
+        path = str(sources[source] / "tokenizer.json")
+        return lambda: tokenizers.Tokenizer.from_file(path)
 
-    benchmark.group = f"load {TOKENS:,} tokens and {MERGES:,} merges from tokenizer.json, then from GGUF"
-    benchmark.pedantic(load_each, rounds=5, warmup_rounds=0 if benchmark.disabled else 1)
-    for name, path in sources.items():
-        median, peak = statistics.median(seconds[name]), _peak(path)
-        benchmark.extra_info |= {f"{name}: seconds": median, f"{name}: peak MB": peak}
-        print(f"\n{name}, {TOKENS:,} tokens and {MERGES:,} merges: {median:.2f} s, peak {peak:.0f} MB")
+    # Ours puts the beginning-of-sequence token first, which the file's own rules do not.
+    read = _ids if ours else lambda tokenizer: [[2, *ids] for ids in _ids(tokenizer)]
+    return Backend(name, prepare, ours, absent=needs("gguf"), read=read)
 
 
-def test_encode(benchmark, sources) -> None:
-    """A megabyte of text in one call."""
+LOAD = Case(
+    suite="load",
+    operation="load a tokenizer",
+    shape=f"{TOKENS:,} tokens and {MERGES:,} merges",
+    backends=[
+        _backend("gemma4, tokenizer.json", "tokenizer.json"),
+        _backend("gemma4, GGUF", "GGUF"),
+        _backend("tokenizers, tokenizer.json", "tokenizer.json", ours=False),
+    ],
+    make=lambda i: _sources(),
+    judge=lambda sources: equal_to(_ids(Tokenizer.from_pretrained(sources["tokenizer.json"]))),
+    rotate=False,
+    threads=1,
+)
+
+
+def _encode(sources: dict[str, Path]) -> Callable[[], list[int]]:
     tokenizer, text = Tokenizer.from_pretrained(sources["GGUF"]), _text(10**6)
-    ids = benchmark.pedantic(tokenizer.encode, (text,), rounds=5)
-    assert tokenizer.decode(ids) == text
-    benchmark.group = "encode 1 MB with a real-size vocabulary"
-    if benchmark.stats:
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info |= {"MB_per_second": len(text.encode()) / 1e6 / seconds, "tokens": len(ids)}
-        print(f"\nencode: {len(text.encode()) / 1e6 / seconds:.1f} MB/s, {len(ids) / seconds / 1e6:.2f} M tokens/s")
+    return lambda: tokenizer.encode(text)
+
+
+ENCODE = Case(
+    suite="load",
+    operation="encode text",
+    shape=f"1 MB with {TOKENS:,} tokens",
+    backends=[Backend("gemma4", _encode, ours=True, absent=needs("gguf"))],
+    make=lambda i: _sources(),
+    judge=lambda sources: equal_to(Tokenizer.from_pretrained(sources["tokenizer.json"]).encode(_text(10**6))),
+    rotate=False,
+    threads=1,
+)
+
+
+@timed
+@grid([LOAD, ENCODE])
+def test_tokenizer(benchmark: Any, rows: Callable, case: Case, backend: str) -> None:
+    publish(benchmark, rows(case)[backend])

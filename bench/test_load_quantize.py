@@ -1,17 +1,19 @@
 """Quantizing bfloat16 weights on the CPU: every configuration that the built-in recipes use."""
 
-import os
-import statistics
-import time
+import math
+from collections.abc import Callable
+from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
+from bench.harness import Backend, Case, grid, publish, timed
+from bench.timing import CORES
 from gemma4_impl.quant.hqq import objective
 from gemma4_impl.quant.quantize import quantize
 from gemma4_impl.quant.recipe import RECIPES, QuantConfig
 from gemma4_impl.quant.tensor import QuantizedTensor
+from parity.budget import Check
 
 ROWS, K = 2048, 5376
 """Enough weights for every thread."""
@@ -20,16 +22,7 @@ FLOOR = 50.0
 """Mweights/s that `default`'s int4 must reach in its best, least disturbed round."""
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def weight() -> Tensor:
+def _weight() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randn(ROWS, 1, generator=generator).mul_(0.3).exp_()
     return torch.randn(ROWS, K, generator=generator).mul_(0.02).mul_(sizes).bfloat16()
@@ -45,7 +38,7 @@ def _naive(w: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     return (groups / scale).round(), scale
 
 
-def _check(w: Tensor, q: QuantizedTensor, config: QuantConfig) -> str | None:
+def _problem(w: Tensor, q: QuantizedTensor, config: QuantConfig) -> str | None:
     """What is wrong with the result, if anything."""
     G = q.group_size
     if config.method == "min_max":
@@ -60,24 +53,28 @@ def _check(w: Tensor, q: QuantizedTensor, config: QuantConfig) -> str | None:
     return None if better else "is worse than min_max"
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_quantize(benchmark, weight: Tensor, config: QuantConfig) -> None:
-    if problem := _check(weight, quantize(weight, config), config):
-        pytest.fail(f"{config} {problem}; no time is published")
-    cpu: list[float] = []
+def _case(config: QuantConfig) -> Case:
+    def judge(weight: Tensor) -> Callable[[Any], Check]:
+        return lambda quantized: Check(math.inf if _problem(weight, quantized, config) else 0, 0, 0)
 
-    def run() -> None:
-        start = time.process_time()
-        quantize(weight, config)
-        cpu.append(time.process_time() - start)
+    return Case(
+        suite="load",
+        operation="quantize bfloat16",
+        shape=f"{config} {ROWS}x{K}",
+        backends=[Backend("gemma4", lambda weight: lambda: quantize(weight, config), ours=True)],
+        make=lambda i: _weight(),
+        judge=judge,
+        weights=ROWS * K,
+        rotate=False,
+        threads=CORES,
+    )
 
-    benchmark.group = f"quantize, {ROWS} x {K} in bfloat16"
-    benchmark.pedantic(run, rounds=8, warmup_rounds=1)
-    benchmark.extra_info.update(config=str(config), threads=torch.get_num_threads())
-    if not benchmark.enabled:
-        return
-    size = weight.numel() / 1e6
-    benchmark.extra_info[f"quantize {config}, Mweights/s"] = size / benchmark.stats.stats.median
-    benchmark.extra_info[f"quantize {config}, Mweights/s a core"] = size / statistics.median(cpu)
-    if config in [rule.config for rule in RECIPES["default"].rules]:
-        assert size / benchmark.stats.stats.min >= FLOOR
+
+@timed
+@grid([_case(config) for config in CONFIGS])
+def test_quantize(benchmark: Any, rows: Callable, case: Case, backend: str) -> None:
+    row = rows(case)[backend]
+    publish(benchmark, row)
+    default = {f"{rule.config} {ROWS}x{K}" for rule in RECIPES["default"].rules}
+    if row.times and case.shape in default:
+        assert ROWS * K / min(row.times) / 1e6 >= FLOOR
