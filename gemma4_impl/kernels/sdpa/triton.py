@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -60,9 +61,11 @@ def prefill(
         raise ValueError(f"{T} queries cannot be the last of {S} keys; give q_positions")
     if out is None:
         out = empty_out(q)
-    c = config or prefill_config(H, q.dtype, q.device)
+    if 0 in (B, T, S):
+        return out.zero_()
+    c = config or prefill_config(H, q.dtype, q.device, k_positions is not None)
     blocks = triton.cdiv(T, c.block_m)
-    wrap_triton(prefill_kernel)[(blocks * B * N * c.v_parts,)](
+    _launcher(q, prefill_kernel)[(blocks * B * N * c.v_parts,)](
         q,
         k,
         v,
@@ -134,12 +137,14 @@ def decode(
         raise ValueError(f"length must be int32 of shape {(B,)}, got {tuple(length.shape)} {length.dtype}")
     if q_positions is not None and (length is not None or k_positions is None):
         raise ValueError("q_positions stand in the place of length, and need k_positions")
-    c = config or decode_config(H, q.dtype, q.device)
-    rows, splits = N // K * T, _splits(B * K, S, window, k_positions is not None, q.device, c)
-    if workspace is None:
-        workspace = _workspace(q, B * K * splits * rows * (H + 2))
     if out is None:
         out = empty_out(q)
+    if 0 in (B, T, S):
+        return out.zero_()
+    c = config or decode_config(H, q.dtype, q.device)
+    rows, splits = N // K * T, _splits(q, B * K, S, window, k_positions is not None, c)
+    if workspace is None:
+        workspace = _workspace(q, B * K * splits * rows * (H + 2))
     shared = {
         "T": T,
         "S": S,
@@ -153,7 +158,7 @@ def decode(
         "EARLY": _dependent_launch(q),
     }
     length_stride = 0 if length is None else length.stride(0)
-    wrap_triton(decode_kernel)[(splits, K, B)](
+    _launcher(q, decode_kernel)[(splits, K, B)](
         q,
         k,
         v,
@@ -172,12 +177,13 @@ def decode(
         HAS_Q_POSITIONS=q_positions is not None,
         BLOCK_H=triton.next_power_of_2(H),
         BLOCK_R=max(16, triton.next_power_of_2(rows)),
+        WIDE=_wide(k, c.block_n) or _wide(v, c.block_n),
         PRECISION=_precision(q),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
     block_h = min(128, triton.next_power_of_2(H))
-    wrap_triton(combine_kernel)[(rows, K * triton.cdiv(H, block_h), B)](
+    _launcher(q, combine_kernel)[(rows, K * triton.cdiv(H, block_h), B)](
         workspace,
         out,
         length,
@@ -185,18 +191,20 @@ def decode(
         length_stride,
         **shared,
         BLOCK_H=block_h,
-        BLOCK_S=16,
+        BLOCK_S=min(64, triton.next_power_of_2(splits)),
         num_warps=4,
         **({"launch_pdl": True} if shared["EARLY"] else {}),
     )
     return out
 
 
-def prefill_config(H: int, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
+def prefill_config(H: int, dtype: torch.dtype, device: torch.device, k_positions: bool) -> PrefillConfig:
     """The first of the tiles that were fastest on an H200 whose Q, K and V fit the device's shared memory."""
     width = triton.next_power_of_2(H) * dtype.itemsize
     for c in _PREFILL[min(512, max(128, width // 2)) if dtype.itemsize == 2 else None]:
-        if width * (c.block_m + c.num_stages * c.block_n * (1 + 1 / c.v_parts)) <= _shared_memory(device):
+        # With positions the compiler keeps one more tile of keys.
+        keys = c.block_n * (c.num_stages * (1 + 1 / c.v_parts) + k_positions)
+        if width * (c.block_m + keys) <= _shared_memory(device):
             return c
     return PrefillConfig(16, 16, num_warps=4, num_stages=1)
 
@@ -213,18 +221,26 @@ def decode_config(H: int, dtype: torch.dtype, device: torch.device) -> DecodeCon
 _PREFILL = {
     128: (PrefillConfig(128, 64, 1, 8, 3), PrefillConfig(64, 32, 1, 4, 2)),
     256: (PrefillConfig(128, 64, 1, 8, 2), PrefillConfig(64, 32, 1, 4, 3), PrefillConfig(64, 32, 1, 4, 2)),
-    512: (PrefillConfig(128, 32, 2, 8, 2), PrefillConfig(64, 16, 1, 8, 2), PrefillConfig(32, 16, 1, 4, 2)),
+    512: (
+        PrefillConfig(128, 32, 2, 8, 2),
+        PrefillConfig(64, 32, 1, 8, 2),
+        PrefillConfig(64, 16, 1, 8, 2),
+        PrefillConfig(32, 16, 1, 4, 2),
+    ),
     # float32, without tensor cores.
     None: (PrefillConfig(32, 32, 1, 4, 1), PrefillConfig(32, 16, 1, 4, 1)),
 }
 _DECODE = (DecodeConfig(32, num_warps=4, num_stages=3), DecodeConfig(16, num_warps=4, num_stages=2))
 
 
-def _splits(heads: int, S: int, window: int | None, positions: bool, device: torch.device, config: DecodeConfig) -> int:
+def _splits(q: Tensor, heads: int, S: int, window: int | None, positions: bool, config: DecodeConfig) -> int:
     """Parts into which the keys of each of `heads` kv heads are cut: enough to fill the device."""
+    wanted = max(1, int(_multiprocessors(q.device) * config.waves) // heads)
+    if _traced(q):
+        # S may be a symbol; parts that have nothing to do end at once.
+        return wanted
     keys = S if window is None or positions else min(S, window + 7)
-    wanted = max(1, int(_multiprocessors(device) * config.waves) // heads)
-    return max(1, min(wanted, triton.cdiv(keys, config.block_n)))
+    return min(wanted, triton.cdiv(keys, config.block_n) + 1)
 
 
 def _check_numbers(q: Tensor, window: int | None, scale: float) -> None:
@@ -262,6 +278,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _traced(q: Tensor) -> bool:
     """Whether a compiler looks on: it hands in tensors of types of its own."""
     return type(q) not in (Tensor, torch.nn.Parameter)
+
+
+def _launcher(q: Tensor, kernel: Any) -> Any:
+    return wrap_triton(kernel) if _traced(q) else kernel
 
 
 def _workspace(q: Tensor, size: int) -> Tensor:

@@ -164,19 +164,20 @@ def decode_kernel(
     k_s, k_h, v_b, v_k, v_s, v_h, length_b, qp_b, qp_t, kp_b, kp_s, scale, GROUP, T, S, window, splits,
     H: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_K_POSITIONS: tl.constexpr,
     EARLY: tl.constexpr, HAS_Q_POSITIONS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # Row r is query r % T of the group's head r // T.
+    r, h, i = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
+    n = (head * GROUP + r // T).to(tl.int64)
+    q_ptrs = q_ptr + b * q_b + n[:, None] * q_n + (r % T)[:, None] * q_t + h[None, :] * q_h
+    q = tl.load(q_ptrs, (r[:, None] < GROUP * T) & (h[None, :] < H), 0.0)
     length = tl.load(length_ptr + b * length_b) if HAS_LENGTH else S
-    start, chunk = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
-    stop = S if HAS_K_POSITIONS else length
-    start += split * chunk
-    stop = tl.minimum(start + chunk, stop)
-    if start < stop:
-        # Row r is query r % T of the group's head r // T.
-        r = tl.arange(0, BLOCK_R)
+    start, count, share = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
+    stop = tl.minimum(split * share + share, count)
+    if split * share < stop:
         if HAS_Q_POSITIONS:
             at = tl.load(q_positions_ptr + b * qp_b + (r % T).to(tl.int64) * qp_t, r < GROUP * T, -1).to(tl.int32)
         else:
@@ -184,29 +185,33 @@ def decode_kernel(
         after = tl.where(window > 0, at - window, -1)
         last = tl.max(at, 0)
         first = tl.maximum(tl.min(tl.where(at >= 0, after, _FAR - 1), 0) + 1, 0)
-        h = tl.arange(0, BLOCK_H)
-        n = (head * GROUP + r // T).to(tl.int64)
-        q_ptrs = q_ptr + b * q_b + n[:, None] * q_n + (r % T)[:, None] * q_t + h[None, :] * q_h
-        q = tl.load(q_ptrs, (r[:, None] < GROUP * T) & (h[None, :] < H), 0.0)
+        # Slots up to the newest hold positions of this lap of the ring, the others of the one before.
+        newest = (length - 1) % S
+        lap = length - 1 - newest
+        row = i.to(tl.int64) if WIDE else i
         k_base = k_ptr + b * k_b + head.to(tl.int64) * k_k
         v_base = v_ptr + b * v_b + head.to(tl.int64) * v_k
+        k_offsets = row[:, None] * k_s + h[None, :] * k_h
+        v_offsets = row[:, None] * v_s + h[None, :] * v_h
 
         m = tl.full([BLOCK_R], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-        for s in range(start, stop, BLOCK_N):
-            i = tl.arange(0, BLOCK_N)
-            position = s + i
-            seen = position < stop
+        tiles = tl.cdiv(S, BLOCK_N)
+        for t in range(split * share, stop):
+            tile = start + t
+            tile = tl.where(tile >= tiles, tile - tiles, tile) * BLOCK_N
+            slot = tile + i
             if HAS_K_POSITIONS:
-                slot = position.to(tl.int64)
-                position = tl.load(k_positions_ptr + b * kp_b + slot * kp_s, seen, -1).to(tl.int32)
-                seen = (position >= first) & (position <= last)
+                position = tl.load(k_positions_ptr + b * kp_b + slot.to(tl.int64) * kp_s, slot < S, -1).to(tl.int32)
             else:
-                slot = s % S + i
-                slot = tl.where(slot >= S, slot - S, slot).to(tl.int64)
-            k = tl.load(k_base + slot[:, None] * k_s + h[None, :] * k_h, seen[:, None] & (h[None, :] < H), 0.0)
-            v = tl.load(v_base + slot[:, None] * v_s + h[None, :] * v_h, seen[:, None] & (h[None, :] < H), 0.0)
+                position = tl.where(slot < S, lap + tl.where(slot > newest, slot - S, slot), -1)
+            seen = (position >= first) & (position <= last)
+            mask = seen[:, None]
+            if H != BLOCK_H:
+                mask = mask & (h[None, :] < H)
+            k = tl.load(k_base + tile.to(tl.int64) * k_s + k_offsets, mask, 0.0)
+            v = tl.load(v_base + tile.to(tl.int64) * v_s + v_offsets, mask, 0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             visible = seen[None, :] & (position[None, :] <= at[:, None]) & (position[None, :] > after[:, None])
             scores = tl.where(visible, scores * scale, float("-inf"))
@@ -228,16 +233,20 @@ def decode_kernel(
 
 @triton.jit
 def _share(length, T, S, window, splits, BLOCK_N: tl.constexpr, HAS_K_POSITIONS: tl.constexpr):
-    """Where the keys to share out begin (a position, or with K_POSITIONS a slot), and how many each split takes."""
+    """Of the tiles of slots: the first and how many to read, going round the ring, and how many each split takes."""
+    tiles = tl.cdiv(S, BLOCK_N)
     if HAS_K_POSITIONS:
         start = 0
-        count = S
+        count = tiles
     else:
         # A ring of S slots has lost what came before its last S positions.
-        start = tl.where(window > 0, tl.maximum(length - T - window + 1, 0), 0)
-        start = tl.maximum(start, length - S)
-        count = length - start
-    return start, tl.cdiv(tl.cdiv(count, splits), BLOCK_N) * BLOCK_N
+        first = tl.where(window > 0, tl.maximum(length - T - window + 1, 0), 0)
+        first = tl.maximum(first, length - S) % S
+        newest = (length - 1) % S
+        start = first // BLOCK_N
+        count = newest // BLOCK_N - start + 1 + tl.where(first > newest, tiles, 0)
+        count = tl.where(length > 0, tl.minimum(count, tiles), 0)
+    return start, count, tl.cdiv(count, splits)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -251,9 +260,8 @@ def combine_kernel(
     head = tl.program_id(1) // PARTS
     h = tl.program_id(1) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
     length = tl.load(length_ptr + b * length_b) if HAS_LENGTH else S
-    start, chunk = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
-    count = S if HAS_K_POSITIONS else length - start
-    used = tl.where(count > 0, tl.cdiv(count, tl.maximum(chunk, 1)), 0)
+    _, count, share = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
+    used = tl.cdiv(count, tl.maximum(share, 1))
     heads = tl.num_programs(1) // PARTS
     rows = tl.num_programs(2).to(tl.int64) * heads * splits * (GROUP * T)
     if EARLY:
