@@ -30,9 +30,9 @@ def row(ms: dict, **change) -> dict:
 def table(tmp_path, monkeypatch):
     """Writes a table for a GPU that this machine need not have."""
 
-    def write(*rows: dict) -> None:
+    def write(*rows: dict, device: str = "a GPU") -> None:
         path = tmp_path / "table.json"
-        path.write_text(json.dumps({"device": "a GPU", "rows": rows}))
+        path.write_text(json.dumps({"device": device, "capability": [9, 9], "rows": rows}))
         monkeypatch.setenv("GEMMA4_SDPA_TABLE", str(path))
         forget()
 
@@ -41,7 +41,8 @@ def table(tmp_path, monkeypatch):
         choose.cache_clear()
 
     monkeypatch.delenv("GEMMA4_SDPA", raising=False)
-    monkeypatch.setattr(dispatch, "_device_name", lambda device: "a GPU")
+    real = dispatch._device
+    monkeypatch.setattr(dispatch, "_device", lambda d: ("a GPU", (9, 9)) if d.type == "cuda" else real(d))
     yield write
     forget()
 
@@ -83,10 +84,16 @@ def test_the_fastest_at_the_nearest_shape(table) -> None:
     assert choose(case(T=5000, S=5000, window=1024)).backend == "triton"
 
 
+def test_measured_on_its_like(table) -> None:
+    table(row({"triton": 1.0, "flash": 2.0}), device="its like")
+    assert choose(case()).backend == "triton"
+    assert "on its like, of the same compute capability" in choose(case()).reason
+
+
 def test_nothing_measured(table) -> None:
-    table(row({"flash": 1.0}))
+    table(row({"triton": 1.0}))
     chosen = choose(case(H=128))
-    assert chosen.backend == "triton" or chosen.backend == "cuda"
+    assert chosen.backend == ("cuda" if "cuda" not in chosen.refused else "flash")
     assert "nothing like it was measured on a GPU" in chosen.reason
 
 
@@ -148,6 +155,7 @@ def test_tables_are_well_formed() -> None:
     for path in dispatch.TABLES.glob("*.json"):
         table = json.loads(path.read_text())
         assert table["device"]
+        assert len(table["capability"]) == 2
         for entry in table["rows"]:
             assert entry["ms"]
             assert set(entry["ms"]) <= set(BACKENDS)

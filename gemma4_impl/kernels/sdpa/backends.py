@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gemma4_impl.kernels import cuda
 from gemma4_impl.kernels.sdpa import naive
 
-DECODE_TOKENS = 8
-"""Up to so many queries a row, attention is a matter of reading keys: decode."""
+DECODE_TOKENS, DECODE_ROWS = 8, 64
+"""Up to so many queries a row, and query rows a kv head, attention is a matter of reading keys: decode."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Case:
 
     @property
     def op(self) -> Literal["prefill", "decode"]:
-        return "decode" if self.T <= DECODE_TOKENS and self.mask != "ends" else "prefill"
+        few = self.T <= DECODE_TOKENS and self.N // self.K * self.T <= DECODE_ROWS
+        return "decode" if few and self.mask != "ends" else "prefill"
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,6 @@ def _cuda_refuses(case: Case) -> str | None:
         return "needs contiguous rows at multiples of 16 bytes"
     if case.op == "decode" and case.layout != "packed":
         return "needs the keys of a head one after another"
-    if case.op == "decode" and case.N // case.K * case.T > 64:
-        return f"{case.N // case.K * case.T} query rows a kv head: at most 64"
     return None
 
 
@@ -161,6 +160,8 @@ def _torch_refuses(kind: str) -> Callable[[Case], str | None]:
     def refuses(case: Case) -> str | None:
         if case.device.type != "cuda":
             return "needs a GPU"
+        if kind == "efficient" and case.dtype == torch.float64:
+            return "does not compute float64"
         if kind not in ("cudnn", "flash"):
             return None
         if case.H > 256:
@@ -228,4 +229,4 @@ BACKENDS = {
     ),
     "naive": Backend(lambda case: None, _naive),
 }
-"""By name, in the order of preference where nothing was measured."""
+"""By name."""

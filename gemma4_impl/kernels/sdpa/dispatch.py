@@ -17,6 +17,10 @@ from gemma4_impl.kernels.sdpa.backends import BACKENDS, Call, Case
 from gemma4_impl.kernels.sdpa.naive import check
 
 TABLES = Path(__file__).with_name("tables")
+_UNMEASURED = {
+    "prefill": ("cuda", "flash", "cudnn", "triton", "efficient", "math", "torch"),
+    "decode": ("cuda", "triton", "flash", "cudnn", "efficient", "math", "torch"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,18 @@ def choose(case: Case, forced: str | None = None) -> Choice:
             raise ValueError(f"backend {forced!r} cannot compute this: {refused[forced]}")
         return Choice(forced, "it was asked for", {}, refused)
     able = [name for name in BACKENDS if name not in refused]
-    row = _nearest(case, _table(_device_name(case.device)))
+    name, capability = _device(case.device)
+    measured_on, rows = _table(name, capability)
+    row = _nearest(case, rows)
     times = {name: ms for name, ms in (row["ms"] if row else {}).items() if name in able}
     if not times:
-        where = f"nothing like it was measured on {_device_name(case.device)}"
-        return Choice(able[0], f"{where}, and it comes first of those that can compute it", {}, refused)
+        first = next(name for name in _UNMEASURED[case.op] if name in able)
+        return Choice(first, f"nothing like it was measured on {name}; it is the usual choice", {}, refused)
     best = min(times, key=times.__getitem__)
     shape = ", ".join(f"{letter}={row[letter]}" for letter in ("B", "N", "K", "H", "T", "S"))
     window = "" if row["window"] is None else f", window {row['window']}"
-    return Choice(best, f"the fastest at {row['op']} {row['mask']}, {shape}{window}", times, refused)
+    where = "" if measured_on == name else f" on {measured_on}, of the same compute capability"
+    return Choice(best, f"the fastest at {row['op']} {row['mask']}, {shape}{window}{where}", times, refused)
 
 
 def _checked(call: Call) -> Call:
@@ -123,7 +130,11 @@ def _operator(call: Call) -> Tensor:
 
 def _nearest(case: Case, rows: list[dict]) -> dict | None:
     """The measured row of the same operation, head dim, dtype and kind of mask that is nearest in its sizes."""
-    masks = {"length": ("length", "causal"), "ends": ("ends", "positions")}.get(case.mask, (case.mask,))
+    masks = {
+        "causal": ("causal", "length"),
+        "length": ("length", "positions"),
+        "ends": ("ends", "positions"),
+    }.get(case.mask, (case.mask,))
     for mask in masks:
         alike = [
             row
@@ -149,14 +160,20 @@ def _distance(case: Case, row: dict) -> float:
 
 
 @functools.cache
-def _table(device: str) -> list[dict]:
-    """The rows measured on a device of this name: of $GEMMA4_SDPA_TABLE, or of the tables beside this module."""
+def _table(name: str, capability: tuple[int, ...] | None) -> tuple[str, list[dict]]:
+    """Device and rows of the table measured on a device of this name, or else of this compute capability: of those
+    beside this module, or of $GEMMA4_SDPA_TABLE."""
     chosen = os.environ.get("GEMMA4_SDPA_TABLE")
     paths = [Path(chosen)] if chosen else sorted(TABLES.glob("*.json"))
     tables = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return [row for table in tables if table["device"] == device for row in table["rows"]]
+    tables = [table for table in tables if capability and tuple(table["capability"]) == capability]
+    table = next((table for table in tables if table["device"] == name), tables[0] if tables else None)
+    return (table["device"], table["rows"]) if table else (name, [])
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _device(device: torch.device) -> tuple[str, tuple[int, ...] | None]:
+    """Name and compute capability."""
+    if device.type != "cuda":
+        return device.type, None
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
