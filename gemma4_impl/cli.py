@@ -184,8 +184,12 @@ def open_torch(
 
         encoder = ImageEncoder.from_pretrained(tower, wanted, target, text=checkpoint)
     if target.type == "cuda" or profile:
+        import torch
+
         from gemma4_impl import engine
 
+        if target.index is not None and target.type == "cuda":
+            torch.cuda.set_device(target)  # kernels run on the current one
         opened = engine.Engine.from_pretrained(checkpoint, wanted, target, progress)
         report = functools.partial(click.echo, err=True) if profile else None
         return functools.partial(engine.generate, opened, tokenizer, encoder=encoder, report=report)

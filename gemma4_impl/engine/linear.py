@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma4_impl.kernels import steps
-from gemma4_impl.kernels.int4_linear.matvec import AddNorm, can_norm
-from gemma4_impl.kernels.int4_linear.matvec import matvec as fused_linear
+from gemma4_impl.kernels.int4_linear import AddNorm, can_norm, fused_linear
 from gemma4_impl.quant.cuda import GATED_ROWS, CudaWeight
 from gemma4_impl.quant.packed import PackedWeight
 
@@ -99,4 +98,7 @@ def linear_experts(weight: Tensor | PackedWeight, x: Tensor, index: Tensor) -> T
 
 
 def weight_bytes(weight: Tensor | PackedWeight) -> int:
-    return weight.nbytes if isinstance(weight, Tensor) else sum(b.nbytes for b in weight.buffers())
+    """Of what is multiplied with; a kernel's scratch is not."""
+    if isinstance(weight, Tensor):
+        return weight.nbytes
+    return sum(buffer.nbytes for name, buffer in weight.named_buffers() if name != "scratch")

@@ -16,7 +16,7 @@ from gemma4_impl.errors import short
 from gemma4_impl.quant.recipe import QuantConfig, QuantRecipe, load_recipe, plan, untied_shapes
 from gemma4_impl.quant.tensor import QuantizedTensor
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 """Weights that are drawn at a time."""
 
 
