@@ -1,7 +1,9 @@
-# `make parity` proves the model, `make test` runs the tests; both install what they need into .venv first.
+# `make parity` proves the model, `make test` runs the tests, `make bench` measures; each installs what it needs into .venv
+# first. `make bench` leaves build/bench/report.html and the JSON, whether or not a row was in parity.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN := build/bench
 
 .PHONY: parity test bench lint format clean
 
@@ -12,7 +14,9 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest --benchmark-only
+	@mkdir -p $(RUN) && rm -f $(RUN)/benchmarks.json
+	@$(BIN)/python -m pytest --benchmark-only --benchmark-json=$(RUN)/benchmarks.json --benchmark-columns=median,iqr,rounds; \
+		status=$$?; $(BIN)/python -m bench.report $(RUN)/benchmarks.json -o $(RUN)/report.html && exit $$status
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

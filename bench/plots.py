@@ -13,7 +13,7 @@ from bench.results import Published, seconds
 from parity.plots import INK, LINE, LOCAL, MUTED, PAGE, STYLE, TOTAL, path_colour, svg
 
 _MARKERS = "osD^vP*X"
-_BAR, _LABELS = 0.24, 1.95
+_BAR, _LABELS = 0.24, 2.05
 
 
 def roofline(rows: Sequence[Published], copy: float, matmul: float, label: str) -> Markup:
@@ -23,26 +23,24 @@ def roofline(rows: Sequence[Published], copy: float, matmul: float, label: str) 
     operations = list(dict.fromkeys(row.info["operation"] for row in rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure((8.6, 4.2))
-        axes = figure.add_axes((0.075, 0.115, 0.645, 0.865))
+        axes = figure.add_axes((0.09, 0.115, 0.66, 0.865))
         ridge = matmul / copy
         low = min([x for _, x, _ in points] + [ridge]) / 2
         high = max([x for _, x, _ in points] + [ridge]) * 2
         roof = [min(copy * x, matmul) / 1e12 for x in (low, ridge, high)]
-        axes.plot([low, ridge, high], roof, color=INK, linewidth=1.4, zorder=2)
+        text = f"roof: {copy / 1e9:,.0f} GB/s,\n{matmul / 1e12:,.3g} TFLOP/s"
+        axes.plot([low, ridge, high], roof, color=INK, linewidth=1.4, zorder=2, label=text)
         axes.fill_between([low, ridge, high], roof, [max(roof) * 3] * 3, color=LINE, alpha=0.35, linewidth=0, zorder=0)
         for row, x, y in points:
             colour = path_colour(operations.index(row.info["operation"]))
             marker = _MARKERS[operations.index(row.info["operation"]) % len(_MARKERS)]
-            face, size = (colour, 6.5) if row.ours else ("none", 4.5)
+            face, size = (colour, 6.5) if row.ours else (PAGE, 4.5)
             order = 5 if row.ours else 4
             axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=size, zorder=order, linestyle="none")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(min([y for *_, y in points] + [roof[0]]) / 2, max(roof) * 2)
-        axes.annotate(f"{copy / 1e9:,.0f} GB/s copied", (low * 1.25, roof[0] * 1.25 * 1.25), color=INK, fontsize=7)
-        text = f"{matmul / 1e12:,.3g} TFLOP/s multiplied"
-        axes.annotate(text, (high / 1.2, roof[2] * 1.12), color=INK, fontsize=7, ha="right")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
@@ -53,7 +51,7 @@ def roofline(rows: Sequence[Published], copy: float, matmul: float, label: str) 
         for i, operation in enumerate(operations):
             axes.plot([], [], _MARKERS[i % len(_MARKERS)], color=path_colour(i), markersize=6, label=operation)
         axes.plot([], [], "o", color=MUTED, markersize=6, label="filled: ours")
-        axes.plot([], [], "o", color=MUTED, markerfacecolor="none", markersize=4.5, label="hollow: a peer")
+        axes.plot([], [], "o", color=MUTED, markerfacecolor=PAGE, markersize=4.5, label="hollow: a peer")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, handletextpad=0.2, borderaxespad=0)
         return svg(figure, label)
 
@@ -70,7 +68,7 @@ def bars(rows: Sequence[Published], label: str) -> Markup:
         for i, row in enumerate(ordered):
             axes.barh(i, row.median, 0.66, color=TOTAL if row.ours else MUTED, alpha=1 if row.ours else 0.45)
             axes.plot([row.low, row.high], [i, i], color=INK, linewidth=0.9)
-            text = seconds(row.median) if row.median == best else f"{seconds(row.median)}   {row.median / best:.2f} x"
+            text = seconds(row.median) if row.median == best else f"{seconds(row.median)} ({row.median / best:.2f} x)"
             axes.annotate(text, (1.012, i), xycoords=("axes fraction", "data"), va="center", fontsize=7.4, color=INK)
         if least := max((row.info.get("roofline_s") or 0 for row in ordered), default=0):
             axes.axvline(least, color=LOCAL, linewidth=1.1, linestyle=(0, (3, 2)), zorder=3)
