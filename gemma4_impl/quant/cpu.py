@@ -102,7 +102,7 @@ class Int4Weight(_KernelWeight):
         for e, rows in itertools.product(range(E), self._slices()):
             part = weight[e][rows] if lead else weight[rows]
             codes, exact = (_split if self.split else _fold)(part, self.unit)
-            folded[e, :, rows] = _rounded(exact) if weight.zero is None else exact
+            folded[e, :, rows] = rounded(exact) if weight.zero is None else exact
             rest[e, :, rows] = exact - folded[e, :, rows]
             _interleave(codes, self.block_rows, qdata[e, rows])
         self.register_buffer("qdata", qdata.view(*lead, *qdata.shape[1:]))
@@ -196,7 +196,7 @@ def _scale_and_zero(weight: QuantizedTensor, unit: int, shift: int, times: int) 
     return both.repeat_interleave(weight.group_size // unit, dim=1).transpose(0, 1)
 
 
-def _rounded(x: Tensor) -> Tensor:
+def rounded(x: Tensor) -> Tensor:
     """float32 [groups, N, 2] -> bfloat16, where what rounding a group takes or adds is made good in the row's next one.
 
     The scales of a file are no random numbers: a maximum that was bfloat16, divided by 127, rounds down more often than

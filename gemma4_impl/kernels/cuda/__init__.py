@@ -63,7 +63,7 @@ class TensorMap:
 
 
 Argument = Tensor | TensorMap | int | float | None | ctypes._SimpleCData
-"""A tensor is passed as its pointer and None as a null one, an int as int32, a float as float32; ctypes values as they are."""
+"""A tensor is passed as its pointer, None as a null one, an int as int32, a float as float32."""
 
 
 class Kernel:
@@ -95,6 +95,9 @@ class Kernel:
         if shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self.handle, attribute, shared))
+            # Kernels that divide the L1 alike can share a multiprocessor; others wait until it is empty.
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _checked(driver.cuFuncSetAttribute(self.handle, attribute, 100))
             if cluster > 8:
                 wide = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
                 _checked(driver.cuFuncSetAttribute(self.handle, wide, 1))

@@ -1,0 +1,228 @@
+// 2 to 16 tokens times four-bit weights, and weights back to bfloat16. See matvec.cu for the tiles.
+//
+// A block of threads takes tiles of eight row blocks at a time, one for each of its warps, together with the same 256
+// columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that eight row
+// blocks may be begun by one and ended by others: the one that has the first columns adds up what the others leave.
+#include "common.cuh"
+
+constexpr int ROWS = 16, COLUMNS = 256, WARPS = 8;
+constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
+constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
+constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
+constexpr int X_ROW = CODES + 32;                     // padded against bank conflicts
+constexpr int TOKENS = 8 * WIDE;                      // WIDE: 1 for up to 8 tokens, 2 for up to 16
+constexpr int STAGE = WARPS * TILE + TOKENS * X_ROW * 2;
+
+struct Arguments {
+  const u8* weight;
+  const bf16* x;   // [M, K]
+  bf16* out;       // [M, N]
+  float* partials; // [blocks, 256 lanes, 4 WIDE]
+  u32* flags;      // [blocks], zero between launches
+  int m, n, k, columns, row_blocks, stages, offset;
+};
+
+// The weights of 16 rows x 16 nibbles, as the tensor cores take them: scale * (nibble - offset) + zero in bfloat16.
+DEVICE void dequantize(u32 word, u32 minus, u32 scale0, u32 scale8, u32 zero0, u32 zero8, u32 (&w)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // (word & 0xf000f) | 0x43004300: the bfloat16 numbers 128 + nibble.
+    const u32 wide = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
+    const u32 exact = fma_bf16x2(wide, 0x3f803f80u, minus);
+    w[i] = fma_bf16x2(exact, i % 2 ? scale8 : scale0, i % 2 ? zero8 : zero0);
+  }
+}
+
+// Scales of rows g and g + 8 in chunk `chunk` of a tile, each twice: [half][row]
+DEVICE void scales_of(const u8* at, int chunk, u32 (&s)[2][2]) {
+  const int g = lane_id() / 4;
+  if constexpr (GROUP == 32) {
+    const uint2 both = reinterpret_cast<const uint2*>(at)[g * 4 + chunk];
+    s[0][0] = __byte_perm(both.x, 0, 0x1010), s[1][0] = __byte_perm(both.x, 0, 0x3232);
+    s[0][1] = __byte_perm(both.y, 0, 0x1010), s[1][1] = __byte_perm(both.y, 0, 0x3232);
+  } else {
+    const u32 both = reinterpret_cast<const u32*>(at)[GROUP == 64 ? g * 4 + chunk : g * 2 + chunk / 2];
+    s[0][0] = s[1][0] = __byte_perm(both, 0, 0x1010), s[0][1] = s[1][1] = __byte_perm(both, 0, 0x3232);
+  }
+}
+
+DEVICE u32 pair(float x) { return to_bf16x2(x, x); }
+
+DEVICE u32 load_acquire(const u32* p) {
+  u32 x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+
+extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(128) u8 shared[];
+  const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
+  u64* filled = reinterpret_cast<u64*>(shared + a.stages * STAGE);
+  u64* emptied = filled + a.stages;
+  const int tall = (a.row_blocks + WARPS - 1) / WARPS;  // groups of row blocks
+  const i64 total = i64{tall} * a.columns;
+  const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
+  const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+
+  if (warp == WARPS) {
+    for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 2), barrier_init(emptied + s, WARPS);
+    barrier_init_fence();
+  }
+  for (int s = 0; s < a.stages; ++s)
+    for (int i = threadIdx.x; i < TOKENS * X_ROW / 8; i += blockDim.x)
+      reinterpret_cast<uint4*>(shared + s * STAGE + WARPS * TILE)[i] = {0, 0, 0, 0};
+  // The copy engine writes there next.
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  grid_trigger();
+
+  if (warp == WARPS) {
+    const auto fetch_weights = [&](int unit, int stage) {
+      const int block = unit / a.columns * WARPS, column = unit % a.columns, blocks = min(WARPS, a.row_blocks - block);
+      if (lane == 0) barrier_expect(filled + stage, blocks * TILE);
+      __syncwarp();
+      if (lane < blocks)
+        copy_bulk(shared + stage * STAGE + lane * TILE, a.weight + (i64{block + lane} * a.columns + column) * TILE, TILE,
+                  filled + stage);
+    };
+    const auto fetch_x = [&](int unit, int stage) {
+      const int column = unit % a.columns * CODES, bytes = min(CODES, a.k - column) * 2;
+      if (lane == 0) barrier_expect(filled + stage, bytes > 0 ? a.m * bytes : 0);
+      __syncwarp();
+      if (lane < a.m && bytes > 0)
+        copy_bulk(shared + stage * STAGE + WARPS * TILE + lane * X_ROW * 2, a.x + i64{lane} * a.k + column, bytes,
+                  filled + stage);
+    };
+    for (int i = 0; i < min(a.stages, last - first); ++i) fetch_weights(first + i, i);
+    grid_wait();
+    for (int i = 0; i < min(a.stages, last - first); ++i) fetch_x(first + i, i);
+    for (int unit = first + a.stages, stage = 0, parity = 0; unit < last; ++unit) {
+      barrier_wait(emptied + stage, parity);
+      fetch_weights(unit, stage);
+      fetch_x(unit, stage);
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+    return;
+  }
+  grid_wait();
+
+  // Of eight bits, lanes 0 and 1 have high nibbles, less 8 and times 16, lanes 2 and 3 low ones.
+  const bool high = SPLIT && t < 2;
+  const u32 minus = pair(-(high ? 136.0f : 128.0f + a.offset));
+  const u32 times = pair(16), none = 0x80008000u;
+  int stage = 0, parity = 0;
+  for (int unit = first; unit < last;) {
+    const int group = unit / a.columns, begin = unit, end = min(last, (group + 1) * a.columns);
+    float c[WIDE][4] = {};
+    for (; unit < end; ++unit) {
+      barrier_wait(filled + stage, parity);
+      const u8* data = shared + stage * STAGE + warp * TILE;
+      const bf16* x = reinterpret_cast<const bf16*>(shared + stage * STAGE + WARPS * TILE);
+#pragma unroll
+      for (int chunk = 0; chunk < 4; ++chunk) {
+        const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
+        u32 s[2][2], z[2][2] = {{none, none}, {none, none}};
+        scales_of(data + 2048, chunk, s);
+        if constexpr (ZERO) scales_of(data + 2048 + SCALES, chunk, z);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          u32 s0 = s[half][0], s8 = s[half][1], z0 = z[half][0], z8 = z[half][1];
+          if (high) s0 = fma_bf16x2(s0, times, none), s8 = fma_bf16x2(s8, times, none), z0 = z8 = none;
+          u32 w[2][4];
+          dequantize(half ? words.z : words.x, minus, s0, s8, z0, z8, w[0]);
+          dequantize(half ? words.w : words.y, minus, s0, s8, z0, z8, w[1]);
+          const int column = SPLIT ? (chunk * 2 + half) * 16 + t % 2 * 8 : chunk * 64 + half * 32 + t * 8;
+#pragma unroll
+          for (int i = 0; i < WIDE; ++i) {
+            const uint4 b = *reinterpret_cast<const uint4*>(x + (i * 8 + g) * X_ROW + column);
+            mma(c[i], w[0], {b.x, b.y});
+            mma(c[i], w[1], {b.z, b.w});
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(emptied + stage);
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+    const int mine = blockIdx.x * WARPS * 32 + threadIdx.x;
+    if (begin > group * a.columns) {  // another block has the first columns
+#pragma unroll
+      for (int i = 0; i < WIDE; ++i)
+        reinterpret_cast<float4*>(a.partials)[i64{mine} * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
+      __threadfence();
+      asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+      if (threadIdx.x == 0)
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(a.flags + blockIdx.x), "r"(1) : "memory");
+      continue;
+    }
+    int reached = end;
+    for (int other = blockIdx.x + 1; reached < (group + 1) * a.columns; ++other) {
+      while (!load_acquire(a.flags + other)) {
+      }
+#pragma unroll
+      for (int i = 0; i < WIDE; ++i) {
+        const float4 more = __ldcg(reinterpret_cast<const float4*>(a.partials) +
+                                   (i64{other} * WARPS * 32 + threadIdx.x) * WIDE + i);
+        c[i][0] += more.x, c[i][1] += more.y, c[i][2] += more.z, c[i][3] += more.w;
+      }
+      asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+      if (threadIdx.x == 0) a.flags[other] = 0;
+      reached = static_cast<int>(total * (other + 1) / gridDim.x);
+    }
+#pragma unroll
+    for (int i = 0; i < WIDE; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = i * 8 + 2 * t + j % 2, n = (group * WARPS + warp) * ROWS + g + j / 2 * 8;
+        if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(c[i][j]);
+      }
+  }
+}
+
+// Row blocks from blockIdx.y on, as they are multiplied with: bfloat16 [rows, K], a tile a warp.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_rows(const u8* tiles, bf16* out, int columns, int rows,
+                                                                        int k, int offset) {
+  const int lane = lane_id(), g = lane / 4, t = lane % 4, column = blockIdx.x * WARPS + threadIdx.x / 32;
+  if (column >= columns) return;
+  const u8* data = tiles + (i64{blockIdx.y} * columns + column) * TILE;
+  const bool high = SPLIT && t < 2;
+  const float minus = high ? 136.0f : 128.0f + offset;
+  uint4 words[4];
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) words[chunk] = __ldcs(reinterpret_cast<const uint4*>(data + chunk * 512) + lane);
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    u32 s[2][2], z[2][2] = {};
+    scales_of(data + 2048, chunk, s);
+    if constexpr (ZERO) scales_of(data + 2048 + SCALES, chunk, z);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 pairs[2] = {half ? words[chunk].z : words[chunk].x, half ? words[chunk].w : words[chunk].y};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float scale = low_float(s[half][r]), zero = low_float(z[half][r]);
+        float w[8];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const u32 wide = lop3<(0xf0 & 0xcc) | 0xaa>(pairs[i / 2] >> (4 * (i % 2 * 2 + r)), 0x000f000fu, 0x43004300u);
+          w[i * 2] = low_float(wide) - minus, w[i * 2 + 1] = high_float(wide) - minus;
+        }
+        if constexpr (SPLIT) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float other = __shfl_xor_sync(0xffffffffu, w[i], 2);
+            w[i] = high ? 16 * w[i] + other : 16 * other + w[i];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) w[i] = scale * w[i] + zero;
+        const int row = blockIdx.y * ROWS + r * 8 + g;
+        const int at = SPLIT ? column * CODES + (chunk * 2 + half) * 16 + t % 2 * 8
+                             : column * CODES + chunk * 64 + half * 32 + t * 8;
+        if (row < rows && at < k && (!SPLIT || t / 2 == r))
+          *reinterpret_cast<uint4*>(out + i64{row} * k + at) = {to_bf16x2(w[0], w[1]), to_bf16x2(w[2], w[3]),
+                                                               to_bf16x2(w[4], w[5]), to_bf16x2(w[6], w[7])};
+      }
+    }
+  }
+}

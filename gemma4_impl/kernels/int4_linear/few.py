@@ -1,0 +1,99 @@
+"""Launches few.cu: 2 to 16 tokens times packed weights; and many tokens, by way of dequantized slices and cuBLAS."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemma4_impl.kernels import cuda
+from gemma4_impl.kernels.int4_linear.tiles import ROWS, Tiles, multiprocessors
+
+SOURCE = Path(__file__).with_name("few.cu")
+MOST = 16
+_WARPS, _SHARED = 8, 112 << 10
+_SLICE_BYTES = 96 << 20
+"""Of dequantized weights at a time."""
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials", "flags")),
+        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "stages", "offset")),
+    ]
+
+
+def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
+    """x [M, K] times a matrix -> out [M, N], for M up to 16; all bfloat16 and contiguous."""
+    M = len(x)
+    row_blocks, columns = weight.tiles.shape[-3:-1]
+    units = -(-row_blocks // _WARPS) * columns
+    blocks = min(multiprocessors(x.device.index or 0), units)
+    wide = 1 if M <= 8 else 2
+    codes = 128 if weight.split else 256
+    stage = _WARPS * weight.tile_bytes + 8 * wide * (codes + 32) * 2
+    stages = min(_SHARED // (stage + 16), -(-units // blocks))
+    partials = torch.empty(blocks, _WARPS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
+    arguments = _Arguments(
+        weight=weight.tiles.data_ptr(),
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        partials=partials.data_ptr(),
+        flags=weight.scratch.data_ptr(),
+        m=M,
+        n=weight.N,
+        k=weight.K,
+        columns=columns,
+        row_blocks=row_blocks,
+        stages=stages,
+        offset=weight.offset,
+    )
+    function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
+    function(blocks, (_WARPS + 1) * 32, [arguments], shared=stages * (stage + 16), overlap=overlap)
+
+
+def dequantize(weight: Tiles, start: int, out: Tensor) -> None:
+    """Rows from `start`, a multiple of 16, as many as `out` [rows, K] bfloat16 takes: scale * (code - offset) + zero in
+    float32, rounded once."""
+    columns = weight.tiles.shape[-2]
+    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1})
+    tiles = weight.tiles[start // ROWS :]
+    args = [tiles, out, columns, len(out), weight.K, weight.offset]
+    function((-(-columns // _WARPS), -(-len(out) // ROWS)), _WARPS * 32, args)
+
+
+def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
+    """x [M, K] times a matrix -> out [M, N], by slices of rows: one is dequantized while cuBLAS takes another."""
+    step = _slice_rows(len(x), weight, multiprocessors(x.device.index or 0))
+    if step >= weight.N:
+        dense = torch.empty(weight.N, weight.K, dtype=x.dtype, device=x.device)
+        dequantize(weight, 0, dense)
+        torch.mm(x, dense.T, out=out)
+        return
+    main, side = torch.cuda.current_stream(), _side_stream(x.device.index or 0)
+    buffers = [torch.empty(step, weight.K, dtype=x.dtype, device=x.device) for _ in range(2)]
+    free = [main.record_event(), None]
+    for number, start in enumerate(range(0, weight.N, step)):
+        dense = buffers[number % 2][: min(step, weight.N - start)]
+        if event := free[number % 2] or free[0]:
+            side.wait_event(event)
+        with torch.cuda.stream(side):
+            dequantize(weight, start, dense)
+            main.wait_event(side.record_event())
+        torch.mm(x, dense.T, out=out[:, start : start + len(dense)])
+        free[number % 2] = main.record_event()
+
+
+def _slice_rows(M: int, weight: Tiles, wave: int) -> int:
+    """Rows of a slice: cuBLAS' tiles of 128 x 256 fill the GPU as often as fits the buffer, at least once."""
+    rows_of_tiles = -(-M // 128)
+    most = max(1, _SLICE_BYTES // (weight.K * 2 * 256))
+    filled = [n * wave // rows_of_tiles for n in range(1, 9)]
+    fitting = [n for n in filled if 0 < n <= most]
+    return 256 * (max(fitting) if fitting else most)
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

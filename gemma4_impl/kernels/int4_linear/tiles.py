@@ -1,0 +1,41 @@
+"""What the kernels need to know of a packed weight, and of the GPU."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS, COLUMNS = 16, 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix [N, K] of four- or eight-bit codes in tiles, or a stack of them; `gemma4_impl.quant.cuda` makes them."""
+
+    tiles: Tensor
+    """uint8 [..., ceil(N / 16), ceil(columns / 256), bytes of a tile], where eight-bit codes take two columns."""
+    scratch: Tensor
+    """int32 [1024, 17]: a flag for each block of threads, which are 0 between launches, and then 16 sums for each."""
+    N: int
+    K: int
+    group: int
+    """Columns that share a scale: 32, 64 or 128."""
+    offset: int
+    has_zero: bool
+    split: bool
+    """Whether codes have eight bits."""
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.tiles.shape[-1]
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """The macros of the CUDA sources."""
+        return {"GROUP": self.group, "ZERO": int(self.has_zero), "SPLIT": int(self.split)}
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
