@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import models
+from bench.engine_models import NAMES, Given, decode_case
 from bench.harness import Backend, Case, close_to, equal_to, grid, publish, ratio, timed
 from bench.models import NEW, PROMPT, SIZES, VARIANTS, Text
 from bench.timing import CORES, Call
@@ -28,7 +29,7 @@ JAX_FLOOR = 5.0
 """Times as fast as a module jitted step by step that decode in one dispatch must be."""
 
 
-def _on_cpu() -> str | None:
+def _on_cpu() -> str:
     return models.TRANSFORMERS() or "compiling a model takes minutes on a CPU"
 
 
@@ -49,7 +50,7 @@ DENSE = [
     _backend("gemma4", "ours", ours=True),
     _backend("Hugging Face eager", "eager", absent=models.TRANSFORMERS),
     _backend("Hugging Face sdpa", "sdpa", absent=models.TRANSFORMERS),
-    _backend("Hugging Face static cache, compiled", "compiled", absent=_on_cpu),
+    _backend("Hugging Face static cache, compiled", "", absent=_on_cpu),
 ]
 
 
@@ -268,7 +269,12 @@ def _greedy(variant: str) -> Case:
     )
 
 
-CASES = [_dense(size, variant) for size in SIZES for variant in VARIANTS] + [_quantized(v) for v in VARIANTS]
+CONTEXTS = {"31B, whole": (2048, 32768), "31B, 6 layers": (2048,)}
+CASES = [
+    *(_dense(size, variant) for size in SIZES for variant in VARIANTS),
+    *(_quantized(variant) for variant in VARIANTS),
+    *(decode_case(Given(name, context)) for name in NAMES for context in CONTEXTS.get(name, (40,))),
+]
 
 
 @timed

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import models
+from bench.engine_models import NAMES, Given, prefill_case
 from bench.harness import Backend, Case, close_to, grid, publish, timed
 from bench.models import PROMPT, SIZES, VARIANTS, Text
 from bench.timing import CORES
@@ -53,7 +54,10 @@ def _case(size: str, variant: str) -> Case:
     )
 
 
+ENGINE = [prefill_case(Given(name, 40 if name.startswith("tiny") else 2048)) for name in NAMES]
+
+
 @timed
-@grid([_case(size, variant) for size in SIZES for variant in VARIANTS])
+@grid([_case(size, variant) for size in SIZES for variant in VARIANTS] + ENGINE)
 def test_prefill(benchmark: Any, rows: Any, case: Case, backend: str) -> None:
     publish(benchmark, rows(case)[backend])
