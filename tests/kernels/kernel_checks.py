@@ -23,15 +23,17 @@ def assert_within_budget(
     out: Tensor, truth: Tensor, naive: Tensor, factor: float = 2.0, row_dims: int | None = 1
 ) -> None:
     """The error of `out` against float64 `truth` is at most `factor` times that of `naive`, the plain computation in
-    the kernel's dtype on the same inputs: over everything, and for the worst row (the last `row_dims` dimensions),
-    because a single wrong row disappears in a sum. `row_dims=None` leaves the rows out."""
+    the kernel's dtype on the same inputs. Because a single wrong row (the last `row_dims` dimensions) disappears in a
+    sum, the worst row is held to the same, or to `factor` roundings of one number to that dtype, which a row that
+    hangs on one number may suffer. `row_dims=None` leaves the rows out."""
     assert out.shape == truth.shape == naive.shape
+    rounding = torch.finfo(out.dtype).eps / 2
     out, truth, naive = out.double().cpu(), truth.double().cpu(), naive.double().cpu()
     error, allowed = rel_l2(out, truth), factor * rel_l2(naive, truth) + FLOOR
     assert error <= allowed, f"error {error:.3e} against float64, allowed {allowed:.3e}"
     if row_dims is None:
         return
-    worst, bound = _worst_row(out, truth, row_dims), factor * _worst_row(naive, truth, row_dims) + FLOOR
+    worst, bound = _worst_row(out, truth, row_dims), factor * max(rounding, _worst_row(naive, truth, row_dims)) + FLOOR
     assert worst <= bound, f"worst row: error {worst:.3e} against float64, allowed {bound:.3e}"
 
 

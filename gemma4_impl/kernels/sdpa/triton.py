@@ -141,8 +141,9 @@ def decode(
         out = empty_out(q)
     if 0 in (B, T, S):
         return out.zero_()
-    c = config or decode_config(H, q.dtype, q.device)
-    rows, splits = N // K * T, _splits(q, B * K, S, window, k_positions is not None, c)
+    rows = N // K * T
+    c = config or decode_config(rows, H, q.dtype, q.device)
+    splits = _splits(q, B * K, S, window, k_positions is not None, c)
     if workspace is None:
         workspace = _workspace(q, B * K * splits * rows * (H + 2))
     shared = {
@@ -209,11 +210,14 @@ def prefill_config(H: int, dtype: torch.dtype, device: torch.device, k_positions
     return PrefillConfig(16, 16, num_warps=4, num_stages=1)
 
 
-def decode_config(H: int, dtype: torch.dtype, device: torch.device) -> DecodeConfig:
-    """The same for decode."""
+def decode_config(rows: int, H: int, dtype: torch.dtype, device: torch.device) -> DecodeConfig:
+    """The same for decode, with `rows` query rows a kv head."""
     width = triton.next_power_of_2(H) * dtype.itemsize
     for c in _DECODE:
-        if width * 2 * c.block_n * (c.num_stages - 1) + width * 16 <= _shared_memory(device):
+        # From 64 rows on, the queries lie in shared memory too, and all stages are filled.
+        many = rows > 32
+        keys = 2 * c.block_n * (c.num_stages if many else c.num_stages - 1)
+        if width * (keys + (triton.next_power_of_2(rows) if many else 16)) <= _shared_memory(device):
             return c
     return DecodeConfig(16, num_warps=4, num_stages=1)
 
@@ -230,7 +234,11 @@ _PREFILL = {
     # float32, without tensor cores.
     None: (PrefillConfig(32, 32, 1, 4, 1), PrefillConfig(32, 16, 1, 4, 1)),
 }
-_DECODE = (DecodeConfig(32, num_warps=4, num_stages=3), DecodeConfig(16, num_warps=4, num_stages=2))
+_DECODE = (
+    DecodeConfig(32, num_warps=4, num_stages=3),
+    DecodeConfig(32, num_warps=4, num_stages=2),
+    DecodeConfig(16, num_warps=4, num_stages=2),
+)
 
 
 def _splits(q: Tensor, heads: int, S: int, window: int | None, positions: bool, config: DecodeConfig) -> int:

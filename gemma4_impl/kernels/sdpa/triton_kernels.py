@@ -10,6 +10,20 @@ _FAR = tl.constexpr(2**31 - 1)
 _SIZES = ("GROUP", "B", "N", "T", "S", "window", "splits", "qp_b", "kp_b", "ends_b")
 
 
+@triton.jit
+def _narrow(a, b, c, d, e, f, x):
+    """Sizes as int32 and a number as float32: AOTInductor may hand them in as int64 and float64, which would spread."""
+    return (
+        tl.cast(a, tl.int32),
+        tl.cast(b, tl.int32),
+        tl.cast(c, tl.int32),
+        tl.cast(d, tl.int32),
+        tl.cast(e, tl.int32),
+        tl.cast(f, tl.int32),
+        tl.cast(x, tl.float32),
+    )
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, q_positions_ptr, k_positions_ptr, ends_ptr, q_b, q_n, q_t, q_h, k_b, k_k, k_s, k_h,
@@ -18,6 +32,7 @@ def prefill_kernel(
     V_PARTS: tl.constexpr, HAS_Q_POSITIONS: tl.constexpr, HAS_K_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    GROUP, B, N, T, S, window, scale = _narrow(GROUP, B, N, T, S, window, scale)
     # The last queries have the most keys: they go first. Heads of a group run side by side and share K and V in L2.
     program = tl.program_id(0)
     part = program % V_PARTS
@@ -168,6 +183,7 @@ def decode_kernel(
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    GROUP, splits, _, T, S, window, scale = _narrow(GROUP, splits, 1, T, S, window, scale)
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # Row r is query r % T of the group's head r // T.
     r, h, i = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
@@ -256,6 +272,7 @@ def combine_kernel(
     HAS_K_POSITIONS: tl.constexpr, EARLY: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    GROUP, splits, _, T, S, window, _ = _narrow(GROUP, splits, 1, T, S, window, 1.0)
     r, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) // PARTS
     h = tl.program_id(1) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
