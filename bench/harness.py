@@ -12,7 +12,6 @@ import math
 import re
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -264,9 +263,7 @@ def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled
                 row.info["peak_bytes"] = peak[0]
             ready = timing.sampler([call, *(_call(b, s) for s in sets[1:])], case.device, b.wall)
             row.info |= {"timer": ready.method, "working_sets": len(sets)}
-            began = time.perf_counter()
-            ready.sample()
-            seconds += time.perf_counter() - began
+            seconds += ready.seconds
             samplers[b] = ready
     fewest = _FEWEST if seconds < _LONG_SECONDS else _FEWEST_LONG
     for _ in range(max(fewest, min(_MOST, int(_CASE_SECONDS / max(seconds, 1e-9))))):

@@ -124,6 +124,7 @@ def _recorded(model: Gemma4, given: Text, routing: Any) -> dict[str, Tensor]:
     return recorder.values
 
 
+@functools.cache
 def _routed(path: Path, weights: type[Quantized]) -> Tensor:
     """The logits that are judged: with the experts that the exact run took, because a tie is no error."""
     return _recorded(_bfloat16(path, weights), models.text(path), _exact(path)[1])["logits"]

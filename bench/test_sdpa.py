@@ -1,5 +1,6 @@
 """Attention of one layer: prefill and decode on the shapes of the 31B's layers, and on smaller ones for the CPU."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -171,16 +172,19 @@ def _executorch(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: kernels.sdpa(q, k, v, mask, 0.0, mask is None, 1.0, True)
 
 
+@functools.cache
+def _jitted(causal: bool, window: int | None) -> Callable[..., Any]:
+    import jax
+
+    attend = functools.partial(jax.nn.dot_product_attention, scale=1.0, is_causal=causal)
+    return jax.jit(functools.partial(attend, local_window_size=None if window is None else (window - 1, 0)))
+
+
 def _jax(inputs: Inputs) -> Callable[[], Any]:
     import jax
 
     q, k, v = (jax.dlpack.from_dlpack(t.transpose(1, 2).contiguous()) for t in (inputs.q, inputs.k, inputs.v))
-    window = None if inputs.window is None or not inputs.causal else (inputs.window - 1, 0)
-    attend = jax.jit(
-        lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, scale=1.0, is_causal=inputs.causal, local_window_size=window
-        )
-    )
+    attend = _jitted(inputs.causal, inputs.window if inputs.causal else None)
     return lambda: attend(q, k, v).block_until_ready()
 
 

@@ -37,6 +37,8 @@ class Sampler:
     """"graph" or "events" (device time), "wall" (a host's clock)."""
     output: Callable[[], Any]
     """What the timed call on the first working set returned."""
+    seconds: float
+    """That `sample()` takes."""
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -83,8 +85,9 @@ def _wall_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
             times += map(once, calls)
         return statistics.mean(times)
 
+    start = time.perf_counter()
     sample()
-    return Sampler(sample, "wall", lambda: last[0])
+    return Sampler(sample, "wall", lambda: last[0], time.perf_counter() - start)
 
 
 def _device_sampler(runs: Sequence[Callable[[], Any]]) -> Sampler:
@@ -116,9 +119,8 @@ def _device_sampler(runs: Sequence[Callable[[], Any]]) -> Sampler:
                     last[0] = result
 
         method = "events"
-    for _ in range(3):
-        replay()
-    return Sampler(lambda: _events(replay) / count, method, lambda: last[0])
+    seconds = [_events(replay) for _ in range(3)][-1]
+    return Sampler(lambda: _events(replay) / count, method, lambda: last[0], seconds)
 
 
 def _events(run: Callable[[], Any]) -> float:
