@@ -151,7 +151,7 @@ def _qkv_kernel(
         to = out_ptr + row * N * H + heads * H + at_1H
         tl.store(to, (low * cos - high * sin).to(dtype), mask=mask)
         tl.store(to + half, (high * cos + low * sin).to(dtype), mask=mask)
-    else:
+    elif K > 0:
         heads = (block - tl.cdiv(N, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
         mask = (heads < K) & (at_1H < half)
         slot = tl.load(slots_ptr + b * slots_stride_b + t * slots_stride_t).to(tl.int64)
