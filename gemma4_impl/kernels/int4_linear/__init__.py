@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemma4_impl.kernels.int4_linear import few as _few
-from gemma4_impl.kernels.int4_linear.matvec import AddNorm, can_norm, matvec
+from gemma4_impl.kernels.int4_linear import few, matvec
+from gemma4_impl.kernels.int4_linear.matvec import AddNorm, can_norm
 from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ def _int4_linear(
     weight = Tiles(tiles, scratch, N, K, group, offset, has_zero, split)
     out = x.new_empty(M, N)
     if M == 1:
-        matvec(weight, x, out)
-    elif M <= _few.MOST:
-        _few.few(weight, x, out)
+        matvec.matvec(weight, x, out)
+    elif M <= few.MOST:
+        few.few(weight, x, out)
     elif M:
-        _few.many(weight, x, out)
+        few.many(weight, x, out)
     return out
 
 
@@ -82,7 +82,7 @@ def fused_linear(
     tensors = [x, out, norm, times, *((add.residual, add.post_norm, add.scalar, add.out) if add else ())]
     if any(t is not None and not t.is_contiguous() for t in tensors):
         raise ValueError("all tensors must be contiguous")
-    matvec(w, x, out, norm=norm, eps=eps, add=add, act=act, times=times, softcap=softcap)
+    matvec.matvec(w, x, out, norm=norm, eps=eps, add=add, act=act, times=times, softcap=softcap)
 
 
 def experts_linear(weight: "CudaWeight", x: Tensor, experts: Tensor, out: Tensor) -> None:
@@ -92,4 +92,4 @@ def experts_linear(weight: "CudaWeight", x: Tensor, experts: Tensor, out: Tensor
     w = weight.stack()
     if x.shape not in ((1, w.K), (len(experts), w.K)) or out.shape != (len(experts), w.N):
         raise ValueError(f"x {list(x.shape)}, out {list(out.shape)}: expected K = {w.K}, N = {w.N}, k = {len(experts)}")
-    matvec(w, x, out, experts=experts)
+    matvec.matvec(w, x, out, experts=experts)

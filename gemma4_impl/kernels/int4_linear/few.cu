@@ -1,17 +1,18 @@
 // 2 to 16 tokens times four-bit weights, and weights back to bfloat16. See matvec.cu for the tiles.
 //
-// A block of threads takes tiles of eight row blocks at a time, one for each of its warps, together with the same 256
-// columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that eight row
-// blocks may be begun by one and ended by others: the one that has the first columns adds up what the others leave.
+// A block of threads takes tiles of eight row blocks at a time, one for two of its warps, which have half of the columns
+// each, together with the same 256 columns of all tokens, which are the columns of the tensor cores' B. Blocks share the
+// work evenly, so that eight row blocks may be begun by one and ended by others: the one that has the first columns adds
+// up what the others leave.
 #include "common.cuh"
 
-constexpr int ROWS = 16, COLUMNS = 256, WARPS = 8;
+constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 8, WARPS = 2 * BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
 constexpr int X_ROW = CODES + 32;                     // padded against bank conflicts
 constexpr int TOKENS = 8 * WIDE;                      // WIDE: 1 for up to 8 tokens, 2 for up to 16
-constexpr int STAGE = WARPS * TILE + TOKENS * X_ROW * 2;
+constexpr int STAGE = BLOCKS * TILE + TOKENS * X_ROW * 2;
 
 struct Arguments {
   const u8* weight;
@@ -54,12 +55,15 @@ DEVICE u32 load_acquire(const u32* p) {
   return x;
 }
 
-extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __grid_constant__ Arguments a) {
+DEVICE void barrier_of(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 shared[];
   const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
   u64* filled = reinterpret_cast<u64*>(shared + a.stages * STAGE);
   u64* emptied = filled + a.stages;
-  const int tall = (a.row_blocks + WARPS - 1) / WARPS;  // groups of row blocks
+  float4* halves = reinterpret_cast<float4*>(emptied + a.stages);  // sums of the second half of the columns
+  const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
   const i64 total = i64{tall} * a.columns;
   const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
@@ -70,7 +74,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
   }
   for (int s = 0; s < a.stages; ++s)
     for (int i = threadIdx.x; i < TOKENS * X_ROW / 8; i += blockDim.x)
-      reinterpret_cast<uint4*>(shared + s * STAGE + WARPS * TILE)[i] = {0, 0, 0, 0};
+      reinterpret_cast<uint4*>(shared + s * STAGE + BLOCKS * TILE)[i] = {0, 0, 0, 0};
   // The copy engine writes there next.
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
@@ -78,7 +82,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
 
   if (warp == WARPS) {
     const auto fetch_weights = [&](int unit, int stage) {
-      const int block = unit / a.columns * WARPS, column = unit % a.columns, blocks = min(WARPS, a.row_blocks - block);
+      const int block = unit / a.columns * BLOCKS, column = unit % a.columns, blocks = min(BLOCKS, a.row_blocks - block);
       if (lane == 0) barrier_expect(filled + stage, blocks * TILE);
       __syncwarp();
       if (lane < blocks)
@@ -90,7 +94,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
       if (lane == 0) barrier_expect(filled + stage, bytes > 0 ? a.m * bytes : 0);
       __syncwarp();
       if (lane < a.m && bytes > 0)
-        copy_bulk(shared + stage * STAGE + WARPS * TILE + lane * X_ROW * 2, a.x + i64{lane} * a.k + column, bytes,
+        copy_bulk(shared + stage * STAGE + BLOCKS * TILE + lane * X_ROW * 2, a.x + i64{lane} * a.k + column, bytes,
                   filled + stage);
     };
     for (int i = 0; i < min(a.stages, last - first); ++i) fetch_weights(first + i, i);
@@ -110,16 +114,18 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
   const bool high = SPLIT && t < 2;
   const u32 minus = pair(-(high ? 136.0f : 128.0f + a.offset));
   const u32 times = pair(16), none = 0x80008000u;
+  const int block = warp % BLOCKS, part = warp / BLOCKS;
   int stage = 0, parity = 0;
   for (int unit = first; unit < last;) {
     const int group = unit / a.columns, begin = unit, end = min(last, (group + 1) * a.columns);
     float c[WIDE][4] = {};
     for (; unit < end; ++unit) {
       barrier_wait(filled + stage, parity);
-      const u8* data = shared + stage * STAGE + warp * TILE;
-      const bf16* x = reinterpret_cast<const bf16*>(shared + stage * STAGE + WARPS * TILE);
+      const u8* data = shared + stage * STAGE + block * TILE;
+      const bf16* x = reinterpret_cast<const bf16*>(shared + stage * STAGE + BLOCKS * TILE);
 #pragma unroll
-      for (int chunk = 0; chunk < 4; ++chunk) {
+      for (int i = 0; i < 2; ++i) {
+        const int chunk = part * 2 + i;
         const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
         u32 s[2][2], z[2][2] = {{none, none}, {none, none}};
         scales_of(data + 2048, chunk, s);
@@ -133,10 +139,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
           dequantize(half ? words.w : words.y, minus, s0, s8, z0, z8, w[1]);
           const int column = SPLIT ? (chunk * 2 + half) * 16 + t % 2 * 8 : chunk * 64 + half * 32 + t * 8;
 #pragma unroll
-          for (int i = 0; i < WIDE; ++i) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x + (i * 8 + g) * X_ROW + column);
-            mma(c[i], w[0], {b.x, b.y});
-            mma(c[i], w[1], {b.z, b.w});
+          for (int n = 0; n < WIDE; ++n) {
+            const uint4 b = *reinterpret_cast<const uint4*>(x + (n * 8 + g) * X_ROW + column);
+            mma(c[n], w[0], {b.x, b.y});
+            mma(c[n], w[1], {b.z, b.w});
           }
         }
       }
@@ -144,13 +150,27 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
       if (lane == 0) barrier_arrive(emptied + stage);
       if (++stage == a.stages) stage = 0, parity ^= 1;
     }
-    const int mine = blockIdx.x * WARPS * 32 + threadIdx.x;
+    if (part) {
+#pragma unroll
+      for (int n = 0; n < WIDE; ++n) halves[(block * 32 + lane) * WIDE + n] = {c[n][0], c[n][1], c[n][2], c[n][3]};
+    }
+    barrier_of(1, WARPS * 32);
+    if (!part) {
+#pragma unroll
+      for (int n = 0; n < WIDE; ++n) {
+        const float4 more = halves[(block * 32 + lane) * WIDE + n];
+        c[n][0] += more.x, c[n][1] += more.y, c[n][2] += more.z, c[n][3] += more.w;
+      }
+    }
+    barrier_of(1, WARPS * 32);
+    if (part) continue;
+    const int mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
     if (begin > group * a.columns) {  // another block has the first columns
 #pragma unroll
       for (int i = 0; i < WIDE; ++i)
         reinterpret_cast<float4*>(a.partials)[i64{mine} * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
       __threadfence();
-      asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+      barrier_of(2, BLOCKS * 32);
       if (threadIdx.x == 0)
         asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(a.flags + blockIdx.x), "r"(1) : "memory");
       continue;
@@ -162,10 +182,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
 #pragma unroll
       for (int i = 0; i < WIDE; ++i) {
         const float4 more = __ldcg(reinterpret_cast<const float4*>(a.partials) +
-                                   (i64{other} * WARPS * 32 + threadIdx.x) * WIDE + i);
+                                   (i64{other} * BLOCKS * 32 + threadIdx.x) * WIDE + i);
         c[i][0] += more.x, c[i][1] += more.y, c[i][2] += more.z, c[i][3] += more.w;
       }
-      asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+      barrier_of(2, BLOCKS * 32);
       if (threadIdx.x == 0) a.flags[other] = 0;
       reached = static_cast<int>(total * (other + 1) / gridDim.x);
     }
@@ -173,16 +193,16 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 2) few(const __gr
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int token = i * 8 + 2 * t + j % 2, n = (group * WARPS + warp) * ROWS + g + j / 2 * 8;
+        const int token = i * 8 + 2 * t + j % 2, n = (group * BLOCKS + block) * ROWS + g + j / 2 * 8;
         if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(c[i][j]);
       }
   }
 }
 
 // Row blocks from blockIdx.y on, as they are multiplied with: bfloat16 [rows, K], a tile a warp.
-extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_rows(const u8* tiles, bf16* out, int columns, int rows,
+extern "C" __global__ void __launch_bounds__(BLOCKS * 32) dequantize_rows(const u8* tiles, bf16* out, int columns, int rows,
                                                                         int k, int offset) {
-  const int lane = lane_id(), g = lane / 4, t = lane % 4, column = blockIdx.x * WARPS + threadIdx.x / 32;
+  const int lane = lane_id(), g = lane / 4, t = lane % 4, column = blockIdx.x * BLOCKS + threadIdx.x / 32;
   if (column >= columns) return;
   const u8* data = tiles + (i64{blockIdx.y} * columns + column) * TILE;
   const bool high = SPLIT && t < 2;

@@ -12,8 +12,8 @@ from gemma4_impl.kernels.int4_linear.tiles import ROWS, Tiles, multiprocessors
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-_WARPS, _SHARED = 8, 112 << 10
-_SLICE_BYTES = 96 << 20
+_BLOCKS, _WARPS, _SHARED = 8, 16, 112 << 10
+_SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
 
@@ -28,13 +28,14 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     """x [M, K] times a matrix -> out [M, N], for M up to 16; all bfloat16 and contiguous."""
     M = len(x)
     row_blocks, columns = weight.tiles.shape[-3:-1]
-    units = -(-row_blocks // _WARPS) * columns
+    units = -(-row_blocks // _BLOCKS) * columns
     blocks = min(multiprocessors(x.device.index or 0), units)
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
-    stage = _WARPS * weight.tile_bytes + 8 * wide * (codes + 32) * 2
-    stages = min(_SHARED // (stage + 16), -(-units // blocks))
-    partials = torch.empty(blocks, _WARPS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
+    stage = _BLOCKS * weight.tile_bytes + 8 * wide * (codes + 32) * 2
+    halves = _BLOCKS * 32 * 16 * wide
+    stages = min((_SHARED - halves) // (stage + 16), -(-units // blocks))
+    partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
         x=x.data_ptr(),
@@ -50,7 +51,7 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         offset=weight.offset,
     )
     function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
-    function(blocks, (_WARPS + 1) * 32, [arguments], shared=stages * (stage + 16), overlap=overlap)
+    function(blocks, (_WARPS + 1) * 32, [arguments], shared=stages * (stage + 16) + halves, overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor) -> None:
@@ -60,7 +61,7 @@ def dequantize(weight: Tiles, start: int, out: Tensor) -> None:
     function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1})
     tiles = weight.tiles[start // ROWS :]
     args = [tiles, out, columns, len(out), weight.K, weight.offset]
-    function((-(-columns // _WARPS), -(-len(out) // ROWS)), _WARPS * 32, args)
+    function((-(-columns // _BLOCKS), -(-len(out) // ROWS)), _BLOCKS * 32, args)
 
 
 def many(weight: Tiles, x: Tensor, out: Tensor) -> None:

@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
         place(xs + row * width, v * 8, reinterpret_cast<const uint4*>(a.x + i64{row} * a.k)[v]);
     __syncthreads();
   } else {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == COPIER * 32) {
       barrier_expect(x_filled, x_rows * a.k * 2);
       for (int row = 0; row < x_rows; ++row)
         for (int at = 0; at < a.k; at += 4096)
