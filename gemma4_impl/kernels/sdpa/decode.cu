@@ -6,8 +6,8 @@
 //
 // Macros: HEAD_DIM; GROUPS, the warps of a team, each with 8 of the query rows; TEAMS of a block, each with its own
 // tiles; SLOTS, the tiles of K or V that a team has in flight; CLUSTER, the blocks that merge through each other's
-// shared memory; POSITIONS, keys lie anywhere and `k_positions` says where; FUSED, the query and the newest key and
-// value come from the projections, one token a row.
+// shared memory; POSITIONS, positions are read and keys may lie anywhere; FUSED, the query and the newest key and value
+// come from the projections, one token a row.
 #include "common.cuh"
 
 constexpr int H = HEAD_DIM;
@@ -77,6 +77,14 @@ DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 DEVICE void add_scaled(float4& sum, float f, float4 x) {
   sum.x += f * x.x, sum.y += f * x.y, sum.z += f * x.z, sum.w += f * x.w;
 }
+// 16 bytes, of which `copy_wait` knows.
+DEVICE void copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void prefetch_bulk(const void* global, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 DEVICE int value_at(const void* p, int wide, int i) {
   return wide ? static_cast<int>(static_cast<const i64*>(p)[i]) : static_cast<const i32*>(p)[i];
 }
@@ -87,20 +95,10 @@ struct Range {
   __device__ int tiles() const { return hi > lo ? (hi - lo + TILE - 1) / TILE : 1; }
 };
 DEVICE Range range_of(const Arguments& a, int b) {
-  if (POSITIONS) return {0, a.capacity, 0};
-  const int length = value_at(a.length, a.wide_length, b) + FUSED;
-  int first = length - a.tokens, lowest = max(first, 0), hi = length;
-  if (a.q_positions) {
-    lowest = length, hi = 0;
-    for (int t = 0; t < a.tokens; ++t) {
-      const int at = static_cast<int>(a.q_positions[static_cast<i64>(b) * a.tokens + t]);
-      if (at >= 0) lowest = min(lowest, at), hi = max(hi, at + 1);
-    }
-    hi = min(hi, length);
-  }
-  int lo = max(0, length - a.capacity);
-  if (a.window) lo = max(lo, lowest - a.window + 1);
-  return {lo, hi, first};
+  const int length = a.length ? value_at(a.length, a.wide_length, b) + FUSED : a.capacity;
+  const int first = length - a.tokens, lo = max(0, length - a.capacity);
+  if (POSITIONS) return {0, a.k_positions ? a.capacity : min(length, a.capacity), first};
+  return {a.window ? max(lo, first - a.window + 1) : lo, length, first};
 }
 
 #if FUSED
@@ -109,11 +107,11 @@ struct Turn {
   float cos[PAIRS], sin[PAIRS];
 };
 // The angle is a product of up to 42 bits: exact in float64, and reduced there.
-DEVICE Turn turn_of(const float* inv_freq, int position) {
+DEVICE Turn turn_of(const float (&inv_freq)[PAIRS], int position) {
   Turn turn;
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
-    double turns = static_cast<double>(position) * inv_freq[H / 2 + lane_id() * PAIRS + i] * 0.15915494309189535;
+    const double turns = static_cast<double>(position) * inv_freq[i] * 0.15915494309189535;
     const float angle = static_cast<float>(turns - rint(turns)) * 6.283185307f;
     turn.cos[i] = __cosf(angle), turn.sin[i] = __sinf(angle);
   }
@@ -171,8 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   extern __shared__ __align__(128) u8 memory[];
   u8* const slots = memory;                                    // [TEAMS][SLOTS][SLOT]
   u8* const q_rows = slots + TEAMS * SLOTS * SLOT;             // [ROWS][PITCH]
-  u8* const newest = q_rows + ROWS * PITCH;                    // [2][PITCH], FUSED
-  float* const team_m = reinterpret_cast<float*>(newest + 2 * PITCH);  // [TEAMS][ROWS]
+  float* const team_m = reinterpret_cast<float*>(q_rows + ROWS * PITCH);  // [TEAMS][ROWS]
   float* const team_l = team_m + TEAMS * ROWS;
   float* const block_m = team_l + TEAMS * ROWS;  // [ROWS]
   float* const block_l = block_m + ROWS;
@@ -201,6 +198,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   } else {
     __syncthreads();
   }
+#if FUSED
+  float inv_freq[PAIRS];
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) inv_freq[i] = a.inv_freq[H / 2 + lane * PAIRS + i];
+  Packed q_weight[2], k_weight[2] = {};
+  load_packed(q_weight, a.q_norm);
+  if (a.k_norm && warp == 0) load_packed(k_weight, a.k_norm);
+#endif
   bool waited = false;
   const auto wait = [&]() {
     if (!waited) grid_wait(), grid_trigger();
@@ -210,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
   // 1. This cluster's share of the list of (row, kv head, tile).
   u32 total = 0;
+#pragma unroll 1
   for (int b = 0; b < a.batch; ++b) total += range_of(a, b).tiles();
   u32 parts = min(clusters, total * a.kv_heads);
   if (a.batch == 1 && a.kv_heads <= clusters) {
@@ -227,6 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   if (at == end) wait();
   while (at < end) {
     Range range = range_of(a, b);
+#pragma unroll 1
     while (at >= before + range.tiles() * a.kv_heads) {
       before += range.tiles() * a.kv_heads;
       range = range_of(a, ++b);
@@ -243,15 +250,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const int newest_at = FUSED && a.k_norm ? range.hi - 1 : -1;
     const int r0 = group * 8 + lane % 4 * 2;
     int q_at[2], lowest = 0x7fffffff, highest = -1;
+    const auto position_of = [&](int t) {
+      return POSITIONS && a.q_positions ? static_cast<int>(a.q_positions[i64(b) * a.tokens + t]) : range.first + t;
+    };
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = (r0 + i) % a.tokens;
-      q_at[i] = r0 + i >= rows ? -1 : a.q_positions ? static_cast<int>(a.q_positions[i64(b) * a.tokens + t]) : range.first + t;
-    }
-    for (int t = 0; t < a.tokens; ++t) {
-      const int p = a.q_positions ? static_cast<int>(a.q_positions[i64(b) * a.tokens + t]) : range.first + t;
-      if (p >= 0) lowest = min(lowest, p);
-      highest = max(highest, p);
+    for (int i = 0; i < 2; ++i) q_at[i] = r0 + i < rows ? position_of((r0 + i) % a.tokens) : -1;
+    if (POSITIONS) {
+#pragma unroll 1
+      for (int t = 0; t < a.tokens; ++t) {
+        if (position_of(t) >= 0) lowest = min(lowest, position_of(t));
+        highest = max(highest, position_of(t));
+      }
+    } else {
+      lowest = max(range.first, 0), highest = range.hi - 1;
     }
 
     // 2. Copies: a cursor runs over this team's tiles, K then V of each.
@@ -261,7 +272,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const auto seek = [&]() {  // the next tile with a key that some query sees
       for (; tile < last; tile += STRIDE) {
         const int index = tile * TILE + lane % TILE;
-        key_at = index < a.capacity ? static_cast<int>(a.k_positions[b * a.k_position_row + index]) : -1;
+        key_at = -1;
+        if (index < range.hi) {
+          const int length = range.first + a.tokens;
+          key_at = a.k_positions ? static_cast<int>(a.k_positions[b * a.k_position_row + index])
+                                 : length - 1 - (length - 1 - index) % a.capacity;
+        }
         const bool seen = key_at >= 0 && key_at <= highest && (!a.window || key_at > lowest - a.window);
         const u32 any = __ballot_sync(0xffffffffu, seen);
         source = tile * TILE + (seen ? lane % TILE : __ffs(any) - 1);
@@ -310,51 +326,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       }
       is_v = !is_v;
     };
-#pragma unroll
+    const auto load_q = [&]() {
+#pragma unroll 2
+      for (int i = threadIdx.x; i < rows * (H / 8); i += THREADS) {
+        const int row = i / (H / 8), head = kv * G + row / a.tokens, column = i % (H / 8);
+        const bf16* const from = a.q + b * a.q_row + head * a.q_head + row % a.tokens * a.q_token;
+        copy16(q_rows + row * PITCH + column * 16, from + column * 8);
+      }
+    };
+    const bool q_first = !FUSED && waited;  // else it would queue behind the keys
+    if (q_first) load_q();
+#pragma unroll 1
     for (int i = 0; i < SLOTS; ++i) fetch(slot + i < SLOTS ? slot + i : slot + i - SLOTS);
 
-    // 3. Queries, as rows of shared memory and then as operands in registers.
+    if (!waited && !POSITIONS && group == 0) {
+      // The next tile, which has no slot yet, may come to the L2.
+      const int oldest = range.hi - TILE * (tile + 1);
+      int start = lo_slot + oldest - range.lo;
+      if (start >= a.capacity) start -= a.capacity;
+      if (lane < 2 && tile < last && oldest >= range.lo && start + TILE <= a.capacity) {
+        prefetch_bulk((lane ? v : k) + i64(start) * H, TILE * KEY);
+      }
+    }
+
+    // 3. Queries, as rows of shared memory and then as operands in registers
 #if FUSED
     {
-      const bool holds_newest = a.k_norm && first == 0 && rank == 0;
-      const Turn turn = turn_of(a.inv_freq, range.hi - 1);
-      const Vector q_weight = load_vector(a.q_norm);
+      const Turn turn = turn_of(inv_freq, range.hi - 1);
       wait();
       const bf16* const x = a.q + b * a.q_row;
+      if (newest_at >= 0 && first == 0 && rank == 0 && warp == 0) {  // its tile is the first of team 0
+        const i64 offset = i64(newest_at % a.capacity) * H;
+        const int value_head = a.heads + (a.k_eq_v ? 0 : a.kv_heads) + kv;
+        const Vector raw_k = load_vector(x + (a.heads + kv) * H), raw_v = load_vector(x + value_head * H);
+        const Vector new_k = rotated(normed(raw_k, a.eps), unpacked(k_weight), turn), new_v = normed(raw_v, a.eps);
+        store_vector(k + offset, new_k), store_vector(v + offset, new_v);
+        const int v_slot = slot + 1 < SLOTS ? slot + 1 : 0;
+        for (int i = newest_at == range.lo ? 0 : TILE - 1; i < TILE; ++i) {
+          u8* const row = my_slots + i / 2 * PAIR + i % 2 * KEY;
+          store_vector(reinterpret_cast<bf16*>(row + slot * SLOT), new_k);
+          store_vector(reinterpret_cast<bf16*>(row + v_slot * SLOT), new_v);
+        }
+        proxy_fence();
+      }
       constexpr int BATCH = 4;
-      for (int r = warp; r < G; r += BATCH * WARPS) {
+#pragma unroll 1
+      for (int r = WARPS - 1 - warp; r < G; r += BATCH * WARPS) {
         Packed raw[BATCH][2];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) load_packed(raw[i], x + (kv * G + min(r + i * WARPS, G - 1)) * H);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
           if (r + i * WARPS >= G) break;
-          const Vector y = rotated(normed(unpacked(raw[i]), a.eps), q_weight, turn);
+          const Vector y = rotated(normed(unpacked(raw[i]), a.eps), unpacked(q_weight), turn);
           store_vector(reinterpret_cast<bf16*>(q_rows + (r + i * WARPS) * PITCH), y);
         }
-      }
-      if (holds_newest && warp == WARPS - 1) {
-        const i64 offset = i64(newest_at % a.capacity) * H;
-        const Vector y = rotated(normed(load_vector(x + (a.heads + kv) * H), a.eps), load_vector(a.k_norm), turn);
-        store_vector(k + offset, y);
-        store_vector(reinterpret_cast<bf16*>(newest), y);
-      }
-      if (holds_newest && warp == (WARPS > 1 ? WARPS - 2 : 0)) {
-        const i64 offset = i64(newest_at % a.capacity) * H;
-        const int head = a.heads + (a.k_eq_v ? 0 : a.kv_heads) + kv;
-        const Vector y = normed(load_vector(x + head * H), a.eps);
-        store_vector(v + offset, y);
-        store_vector(reinterpret_cast<bf16*>(newest + PITCH), y);
       }
     }
 #else
     wait();
-    for (int i = threadIdx.x; i < rows * (H / 8); i += THREADS) {
-      const int row = i / (H / 8), column = i % (H / 8);
-      const bf16* const from = a.q + b * a.q_row + (kv * G + row / a.tokens) * a.q_head + row % a.tokens * a.q_token;
-      reinterpret_cast<uint4*>(q_rows + row * PITCH)[column] = reinterpret_cast<const uint4*>(from)[column];
-    }
+    if (!q_first) load_q();
+    copy_wait();
 #endif
+#pragma unroll 1
     for (int i = rows * (H / 8) + threadIdx.x; i < ROWS * (H / 8); i += THREADS) {
       reinterpret_cast<uint4*>(q_rows + i / (H / 8) * PITCH)[i % (H / 8)] = {0, 0, 0, 0};
     }
@@ -370,16 +404,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     float o[H / 16][4], m[2] = {NONE, NONE}, l[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < H / 16; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
-    const auto arrive_newest = [&](u8* rows_at, int which) {
-      for (int i = newest_at == range.lo ? 0 : TILE - 1; i < TILE; ++i) {
-        for (int c = lane; c < H / 8; c += 32) {
-          reinterpret_cast<uint4*>(rows_at + i / 2 * PAIR + i % 2 * KEY)[c] =
-              reinterpret_cast<const uint4*>(newest + which * PITCH)[c];
-        }
-      }
-      proxy_fence();
-      __syncwarp();
-    };
     const auto release = [&]() {
       __syncwarp();
       if (GROUPS > 1) {
@@ -392,8 +416,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     for (int used = 0, now = first + team * CLUSTER + rank; used < issued; ++used, now += STRIDE) {
       barrier_wait(my_full + slot, phase);
       u8* const keys = my_slots + slot * SLOT;
-      const bool is_newest = FUSED && newest_at >= 0 && now == 0;
-      if (is_newest) arrive_newest(keys, 0);
       float s4[4][4] = {};
 #pragma unroll
       for (int i = 0; i < H / 32; ++i) {
@@ -445,7 +467,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
       barrier_wait(my_full + slot, phase);
       u8* const values = my_slots + slot * SLOT;
-      if (is_newest) arrive_newest(values, 1);
 #pragma unroll
       for (int i = 0; i < H / 16; ++i) {
         u32 x[4];
@@ -476,28 +497,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     __syncthreads();
     if (PUSH) cluster_wait();
-    for (int e = threadIdx.x; e < rows * (H / 4); e += THREADS) {
-      const int row = e / (H / 4), column = e % (H / 4), offset = row * O_PITCH + column * 4;
-      float top = NONE, sum_l = 0;
+    constexpr int BATCH = 4;
+    for (int start = threadIdx.x; start < rows * (H / 4); start += BATCH * THREADS) {
+      float4 sum[BATCH];
+      float top[BATCH], sum_l[BATCH];
 #pragma unroll
-      for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + row]);
-      float4 sum = {0, 0, 0, 0};
+      for (int i = 0; i < BATCH; ++i) {
+        const int e = min(start + i * THREADS, rows * (H / 4) - 1), row = e / (H / 4);
+        top[i] = NONE, sum_l[i] = 0, sum[i] = {0, 0, 0, 0};
 #pragma unroll
-      for (int t = 0; t < TEAMS; ++t) {
-        const float f = exp2f(team_m[t * ROWS + row] - top);
-        sum_l += f * team_l[t * ROWS + row];
-        add_scaled(sum, f, *reinterpret_cast<float4*>(sums(t) + offset));
-      }
-      if (PUSH) {
-        const int owner = column / SLICE;
-        const u32 barrier = cluster_address(received, owner);
-        push4(cluster_address(inbox + (rank * rows + row) * SLICE + column % SLICE, owner), sum, barrier);
-        if (column % SLICE == 0) {
-          push2(cluster_address(received_stats + rank * ROWS + row, owner), top, sum_l, barrier);
+        for (int t = 0; t < TEAMS; ++t) top[i] = fmaxf(top[i], team_m[t * ROWS + row]);
+#pragma unroll
+        for (int t = 0; t < TEAMS; ++t) {
+          const float f = exp2f(team_m[t * ROWS + row] - top[i]);
+          sum_l[i] += f * team_l[t * ROWS + row];
+          add_scaled(sum[i], f, *reinterpret_cast<float4*>(sums(t) + row * O_PITCH + e % (H / 4) * 4));
         }
-      } else {
-        *reinterpret_cast<float4*>(sums(0) + offset) = sum;
-        if (column == 0) block_m[row] = top, block_l[row] = sum_l;
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int e = start + i * THREADS, row = e / (H / 4), column = e % (H / 4);
+        if (e >= rows * (H / 4)) break;
+        if (PUSH) {
+          const int owner = column / SLICE;
+          const u32 barrier = cluster_address(received, owner);
+          push4(cluster_address(inbox + (rank * rows + row) * SLICE + column % SLICE, owner), sum[i], barrier);
+          if (column % SLICE == 0) {
+            push2(cluster_address(received_stats + rank * ROWS + row, owner), top[i], sum_l[i], barrier);
+          }
+        } else {
+          *reinterpret_cast<float4*>(sums(0) + row * O_PITCH + column * 4) = sum[i];
+          if (column == 0) block_m[row] = top[i], block_l[row] = sum_l[i];
+        }
       }
     }
     if (PUSH) {
@@ -571,23 +602,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
           const int row = e / SLICE, column = rank * SLICE + e % SLICE;
           float top = NONE, sum_l = 0;
           float4 sum = {0, 0, 0, 0};
-          constexpr int BATCH = 8;
-          for (u32 c = c0; c < c1; c += BATCH) {
-            float2 stats[BATCH];
-            float4 x[BATCH];
+          constexpr int PARTS = 8;
+          for (u32 c = c0; c < c1; c += PARTS) {
+            float2 stats[PARTS];
+            float4 x[PARTS];
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
+            for (int i = 0; i < PARTS; ++i) {
               const u32 part = min(c + i, c1 - 1);
               stats[i] = __ldcg(stats_of(part) + row);
               x[i] = __ldcg(sums_of(part) + row * (H / 4) + column);
             }
             const float old = top;
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) top = fmaxf(top, stats[i].x);
+            for (int i = 0; i < PARTS; ++i) top = fmaxf(top, stats[i].x);
             const float kept = exp2f(old - top);
             sum_l *= kept, sum = {sum.x * kept, sum.y * kept, sum.z * kept, sum.w * kept};
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
+            for (int i = 0; i < PARTS; ++i) {
               const float f = c + i < c1 ? exp2f(stats[i].x - top) : 0;
               sum_l += f * stats[i].y, add_scaled(sum, f, x[i]);
             }

@@ -44,7 +44,7 @@ class Split:
     def shared_bytes(self, head_dim: int, positions: bool) -> int:
         rows, pitch = 8 * self.groups, 2 * head_dim + 16
         slots = self.teams * self.slots
-        keys = slots * _TILE // 2 * (4 * head_dim + 16) + (rows + 2) * pitch
+        keys = slots * _TILE // 2 * (4 * head_dim + 16) + rows * pitch
         sums = (8 * self.teams + 8 + 8 * self.cluster) * rows
         return keys + sums + 16 * slots + 16 + 4 * positions * slots * self.groups * _TILE
 
@@ -81,8 +81,8 @@ def decode(
     Args:
         q: [B, N, T, H] bfloat16, H of 64, 128, 256 or 512, N / K * T <= 64.
         k, v: [B, K, C, H]; position p is in slot p % C, unless `k_positions` says otherwise.
-        length: int32 or int64 [B], on the device: tokens that each row holds, the queries included. Not read, and may
-            be None, with `k_positions`.
+        length: int32 or int64 [B], on the device: tokens that each row holds, the queries included. May be None if both
+            positions are given.
         q_positions: int64 [B, T], -1 for padding; by default the last T of the row.
         k_positions: int64 [B, C], -1 where there is no key.
         out: [B, N, T, H], a transposed view of a contiguous [B, T, N, H].
@@ -96,10 +96,8 @@ def decode(
     _check(q, k, v, N // K * T)
     if T > MOST_TOKENS:
         raise ValueError(f"{T} queries a row: at most {MOST_TOKENS}")
-    if k_positions is None:
+    if length is not None or q_positions is None or k_positions is None:
         _check_lengths(length, "length", B)
-    elif q_positions is None:
-        raise ValueError("k_positions needs q_positions")
     if window is not None and window < 1:
         raise ValueError(f"window = {window}: must be at least 1")
     if any(s % 8 for s in q.stride()[:3]) or q.stride(3) != 1 or q.data_ptr() % 16:
@@ -133,7 +131,8 @@ def decode(
         early=overlap,
         scale=scale * _LOG2E,
     )
-    _launch(arguments, split, H, k_positions is not None, False, True, q.device)
+    positions = q_positions is not None or k_positions is not None
+    _launch(arguments, split, H, positions, False, True, q.device)
     return out
 
 
