@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gemma4_impl.model.moe import Experts
-from gemma4_impl.quant import cpu
+from gemma4_impl.quant import cpu, cuda
 from gemma4_impl.quant.modules import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from gemma4_impl.quant.packed import DequantizedWeight, PackedWeight
 from gemma4_impl.quant.tensor import QuantizedTensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Packer = Callable[[QuantizedTensor, torch.dtype], PackedWeight]
 """(weight [N, K] or [E, N, K] on its device, dtype to compute in) -> packed form. May keep the weight's tensors."""
 
-_PACKERS: dict[str, Packer] = {"cpu": cpu.pack}
+_PACKERS: dict[str, Packer] = {"cpu": cpu.pack, "cuda": cuda.pack}
 _MATRICES = (nn.Linear, nn.Embedding, QuantizedLinear, QuantizedEmbedding)
 
 

@@ -309,7 +309,7 @@ def test_backends(monkeypatch):
     pack_weight(q, BF16, "meta")
     pack_weight(q, BF16, backend="other")
     assert seen == [("meta", BF16), ("cpu", BF16)]
-    with pytest.raises(ValueError, match="'cuda-x'; known: cpu, meta, other"):
+    with pytest.raises(ValueError, match="'cuda-x'; known: cpu, cuda, meta, other"):
         pack_weight(q, BF16, backend="cuda-x")
 
 

@@ -1,18 +1,18 @@
 // 2 to 16 tokens times four-bit weights, and weights back to bfloat16. See matvec.cu for the tiles.
 //
-// A block of threads takes tiles of eight row blocks at a time, one for two of its warps, which have half of the columns
-// each, together with the same 256 columns of all tokens, which are the columns of the tensor cores' B. Blocks share the
-// work evenly, so that eight row blocks may be begun by one and ended by others: the one that has the first columns adds
-// up what the others leave.
+// A block of threads takes two tiles each of eight row blocks at a time, a tile for each of its warps, together with the
+// same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that eight
+// row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others leave.
 #include "common.cuh"
 
 constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 8, WARPS = 2 * BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
-constexpr int X_ROW = CODES + 32;                     // padded against bank conflicts
+constexpr int SPAN = 2;                               // columns of tiles in a stage: small copies are slow ones
+constexpr int X_ROW = SPAN * CODES + 32;              // padded against bank conflicts
 constexpr int TOKENS = 8 * WIDE;                      // WIDE: 1 for up to 8 tokens, 2 for up to 16
-constexpr int STAGE = BLOCKS * TILE + TOKENS * X_ROW * 2;
+constexpr int STAGE = BLOCKS * SPAN * TILE + TOKENS * X_ROW * 2;
 
 struct Arguments {
   const u8* weight;
@@ -55,6 +55,14 @@ DEVICE u32 load_acquire(const u32* p) {
   return x;
 }
 
+DEVICE void copy_async(bf16* shared, const bf16* global) {  // 16 bytes
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+// Arrives at the barrier when all of this thread's `copy_async` so far have.
+DEVICE void arrive_when_copied(u64* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 DEVICE void barrier_of(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __grid_constant__ Arguments a) {
@@ -62,40 +70,40 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
   const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
   u64* filled = reinterpret_cast<u64*>(shared + a.stages * STAGE);
   u64* emptied = filled + a.stages;
-  float4* halves = reinterpret_cast<float4*>(emptied + a.stages);  // sums of the second half of the columns
+  float4* halves = reinterpret_cast<float4*>(emptied + a.stages);  // sums of every second tile
   const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
-  const i64 total = i64{tall} * a.columns;
+  const int spans = (a.columns + SPAN - 1) / SPAN;
+  const i64 total = i64{tall} * spans;
   const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
 
   if (warp == WARPS) {
-    for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 2), barrier_init(emptied + s, WARPS);
+    for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 1 + 32), barrier_init(emptied + s, WARPS);
     barrier_init_fence();
   }
   for (int s = 0; s < a.stages; ++s)
     for (int i = threadIdx.x; i < TOKENS * X_ROW / 8; i += blockDim.x)
-      reinterpret_cast<uint4*>(shared + s * STAGE + BLOCKS * TILE)[i] = {0, 0, 0, 0};
-  // The copy engine writes there next.
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      reinterpret_cast<uint4*>(shared + s * STAGE + BLOCKS * SPAN * TILE)[i] = {0, 0, 0, 0};
   __syncthreads();
-  grid_trigger();
 
   if (warp == WARPS) {
     const auto fetch_weights = [&](int unit, int stage) {
-      const int block = unit / a.columns * BLOCKS, column = unit % a.columns, blocks = min(BLOCKS, a.row_blocks - block);
-      if (lane == 0) barrier_expect(filled + stage, blocks * TILE);
+      const int block = unit / spans * BLOCKS, column = unit % spans * SPAN;
+      const int blocks = min(BLOCKS, a.row_blocks - block), bytes = min(SPAN, a.columns - column) * TILE;
+      if (lane == 0) barrier_expect(filled + stage, blocks * bytes);
       __syncwarp();
       if (lane < blocks)
-        copy_bulk(shared + stage * STAGE + lane * TILE, a.weight + (i64{block + lane} * a.columns + column) * TILE, TILE,
-                  filled + stage);
+        copy_bulk(shared + stage * STAGE + lane * SPAN * TILE, a.weight + (i64{block + lane} * a.columns + column) * TILE,
+                  bytes, filled + stage);
     };
     const auto fetch_x = [&](int unit, int stage) {
-      const int column = unit % a.columns * CODES, bytes = min(CODES, a.k - column) * 2;
-      if (lane == 0) barrier_expect(filled + stage, bytes > 0 ? a.m * bytes : 0);
-      __syncwarp();
-      if (lane < a.m && bytes > 0)
-        copy_bulk(shared + stage * STAGE + BLOCKS * TILE + lane * X_ROW * 2, a.x + i64{lane} * a.k + column, bytes,
-                  filled + stage);
+      const int column = unit % spans * SPAN * CODES;
+      bf16* to = reinterpret_cast<bf16*>(shared + stage * STAGE + BLOCKS * SPAN * TILE);
+      for (int m = 0; m < a.m; ++m)
+#pragma unroll
+        for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8)
+          if (column + i < a.k) copy_async(to + m * X_ROW + i, a.x + i64{m} * a.k + column + i);
+      arrive_when_copied(filled + stage);
     };
     for (int i = 0; i < min(a.stages, last - first); ++i) fetch_weights(first + i, i);
     grid_wait();
@@ -106,6 +114,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
       fetch_x(unit, stage);
       if (++stage == a.stages) stage = 0, parity ^= 1;
     }
+    grid_trigger();
     return;
   }
   grid_wait();
@@ -117,15 +126,16 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
   const int block = warp % BLOCKS, part = warp / BLOCKS;
   int stage = 0, parity = 0;
   for (int unit = first; unit < last;) {
-    const int group = unit / a.columns, begin = unit, end = min(last, (group + 1) * a.columns);
+    const int group = unit / spans, begin = unit, end = min(last, (group + 1) * spans);
     float c[WIDE][4] = {};
     for (; unit < end; ++unit) {
       barrier_wait(filled + stage, parity);
-      const u8* data = shared + stage * STAGE + block * TILE;
-      const bf16* x = reinterpret_cast<const bf16*>(shared + stage * STAGE + BLOCKS * TILE);
+      // Its two warps take a tile each.
+      const u8* data = shared + stage * STAGE + (block * SPAN + part) * TILE;
+      const bf16* x = reinterpret_cast<const bf16*>(shared + stage * STAGE + BLOCKS * SPAN * TILE) + part * CODES;
+      const bool there = unit % spans * SPAN + part < a.columns;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int chunk = part * 2 + i;
+      for (int chunk = 0; chunk < (there ? 4 : 0); ++chunk) {
         const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
         u32 s[2][2], z[2][2] = {{none, none}, {none, none}};
         scales_of(data + 2048, chunk, s);
@@ -165,7 +175,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
     barrier_of(1, WARPS * 32);
     if (part) continue;
     const int mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
-    if (begin > group * a.columns) {  // another block has the first columns
+    if (begin > group * spans) {  // another block has the first columns
 #pragma unroll
       for (int i = 0; i < WIDE; ++i)
         reinterpret_cast<float4*>(a.partials)[i64{mine} * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
@@ -176,7 +186,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
       continue;
     }
     int reached = end;
-    for (int other = blockIdx.x + 1; reached < (group + 1) * a.columns; ++other) {
+    for (int other = blockIdx.x + 1; reached < (group + 1) * spans; ++other) {
       while (!load_acquire(a.flags + other)) {
       }
 #pragma unroll

@@ -12,7 +12,7 @@ from gemma4_impl.kernels.int4_linear.tiles import ROWS, Tiles, multiprocessors
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-_BLOCKS, _WARPS, _SHARED = 8, 16, 112 << 10
+_BLOCKS, _SPAN, _WARPS, _SHARED = 8, 2, 16, 208 << 10
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
@@ -28,11 +28,11 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     """x [M, K] times a matrix -> out [M, N], for M up to 16; all bfloat16 and contiguous."""
     M = len(x)
     row_blocks, columns = weight.tiles.shape[-3:-1]
-    units = -(-row_blocks // _BLOCKS) * columns
+    units = -(-row_blocks // _BLOCKS) * -(-columns // _SPAN)
     blocks = min(multiprocessors(x.device.index or 0), units)
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
-    stage = _BLOCKS * weight.tile_bytes + 8 * wide * (codes + 32) * 2
+    stage = _BLOCKS * _SPAN * weight.tile_bytes + 8 * wide * (_SPAN * codes + 32) * 2
     halves = _BLOCKS * 32 * 16 * wide
     stages = min((_SHARED - halves) // (stage + 16), -(-units // blocks))
     partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)

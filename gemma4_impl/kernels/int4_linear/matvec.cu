@@ -3,7 +3,7 @@
 // Weights come in tiles of 16 rows x 256 columns, a row block's one after the other (gemma4_impl/quant/cuda.py). Each
 // block of threads takes an equal share of all tiles, whose ends need not be those of row blocks, through a ring in shared
 // memory; its warps take the next tile whenever they are free. The tensor cores multiply: the columns of B are not tokens
-// but groups of 32 weights of the one token, so that a tile's scales are applied once, to the sums.
+// but groups of 32 columns of the one token, so that a tile's scales are applied once, to the sums.
 #include "common.cuh"
 
 // GROUP: weights that share a scale. ZERO: scale * code + zero. SPLIT: codes of eight bits, as 16 high nibbles and then
@@ -76,6 +76,14 @@ DEVICE void place(bf16* xs, int column, const uint4& v) {
   }
 }
 
+// d = a b, see mma
+DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+
 // The bfloat16 numbers 128 + nibble: pairs (k, k + 1) of rows g and g + 8, then (k + 2, k + 3). What is too much is taken
 // from the sums, in float32.
 DEVICE void widen(u32 word, u32 (&a)[4]) {
@@ -97,7 +105,7 @@ DEVICE void store_release_global(u32* p, u32 x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 // n / d for n d < 2^32; of d = 1, the 2^32 is 0.
-DEVICE int quotient(int n, u32 per_d) { return per_d ? __umulhi(n, per_d) : n; }
+DEVICE u32 quotient(u32 n, u32 per_d) { return per_d ? __umulhi(n, per_d) : n; }
 
 // The tiles of each row block, always in the same order, and what is to be done with their sum.
 DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first, int last, int first_block,
@@ -151,8 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   const int x_rows = a.x_per_slot ? a.slots : 1;
   u8* ring = shared;
   bf16* xs = reinterpret_cast<bf16*>(ring + a.stages * SPAN * TILE);
-  bf16* zeros = xs + x_rows * width;
-  float* sums = reinterpret_cast<float*>(zeros + 8);        // of x, per 32 columns
+  float* sums = reinterpret_cast<float*>(xs + x_rows * width);  // of x, per 32 columns
   float* parts = sums + x_rows * width / 32;                // of y, per tile
   float* scratch = parts + a.most_tiles * ROWS;
   u64* filled = reinterpret_cast<u64*>(scratch + THREADS / 32);
@@ -196,11 +203,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     __syncwarp();
     if (lane == 0) {
       if (!EXPERTS) prefetch();
-      *reinterpret_cast<uint4*>(zeros) = {0, 0, 0, 0};
       *taken = WARPS;
     }
   }
-  grid_trigger();
   const int used = SPLIT ? a.k * 2 : a.k;  // with SPLIT, k is a multiple of 16
   for (int row = 0; row < x_rows; ++row)
     for (int i = used + threadIdx.x; i < width; i += THREADS) xs[row * width + i] = 0;
@@ -304,6 +309,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
         if (++stage == a.stages) stage = 0, parity ^= 1;
       }
     }
+    // Not before: the next kernel's blocks shall find room on every multiprocessor alike.
+    grid_trigger();
     return;
   }
   if (warp == ADDER) {
@@ -312,12 +319,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   }
 
   // 2. Tiles
-  for (int index = warp; index < last - first;) {
-    int next = 0;
+  for (u32 index = warp; index < last - first;) {
+    u32 next = 0;
     if (lane == 0) next = atomicAdd(taken, 1);
-    const int tile = first + index, block = quotient(tile, a.per_tiles_per_block);
-    const int number = index / SPAN, round = quotient(number, a.per_stages), stage = number - round * a.stages;
-    int column = (tile - block * a.tiles_per_block) * COLUMNS;
+    const u32 tile = first + index, block = quotient(tile, a.per_tiles_per_block);
+    const u32 number = index / SPAN, round = quotient(number, a.per_stages), stage = number - round * a.stages;
+    u32 column = (tile - block * a.tiles_per_block) * COLUMNS;
     if (EXPERTS && a.x_per_slot) column += block / a.row_blocks * width;
     const u8* data = ring + (stage * SPAN + index % SPAN) * TILE;
     const float2 sum = *reinterpret_cast<const float2*>(sums + column / 32 + 2 * t);
@@ -325,22 +332,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     while (*reinterpret_cast<volatile u32*>(current + stage) != number) {
     }
     barrier_wait(filled + stage, round & 1);
-    float c[2][4] = {};
+    // Column n of B is group n's x, so of a group's product with all of them one column counts.
+    const uint4 x = *reinterpret_cast<const uint4*>(xs + column + lane / 4 * 32 + t * 8);
+    float c[8][4];
 #pragma unroll
     for (int chunk = 0; chunk < 4; ++chunk) {
       const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const bf16* from = g == chunk * 2 + half ? xs + column + chunk * 64 + half * 32 + t * 8 : zeros;
-        const uint4 x = *reinterpret_cast<const uint4*>(from);
+        float(&d)[4] = c[chunk * 2 + half];
         u32 w[4];
         widen(half ? words.z : words.x, w);
-        mma(c[half], w, {x.x, x.y});
+        mma_first(d, w, {x.x, x.y});
         widen(half ? words.w : words.y, w);
-        mma(c[half], w, {x.z, x.w});
+        mma(d, w, {x.z, x.w});
       }
     }
-    // Lane (g, t) holds the sums of groups 2 t and 2 t + 1 for rows g and g + 8.
+    // Lane (g, t) gets the sums of groups 2 t and 2 t + 1 for rows g and g + 8.
+    float d[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int odd = i % 2;
+      const float low = t & 1 ? c[2 + odd][i] : c[odd][i], high = t & 1 ? c[6 + odd][i] : c[4 + odd][i];
+      d[i] = t & 2 ? high : low;
+    }
     float y0 = 0, y1 = 0;
     const auto apply = [&](const u8* at, float c0, float c1, float c2, float c3) {
       if constexpr (GROUP == 32) {
@@ -354,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
       }
     };
     const float x0 = a.offset * sum.x, x1 = a.offset * sum.y;
-    apply(data + 2048, c[0][0] + c[1][0] - x0, c[0][1] + c[1][1] - x1, c[0][2] + c[1][2] - x0, c[0][3] + c[1][3] - x1);
+    apply(data + 2048, d[0] - x0, d[1] - x1, d[2] - x0, d[3] - x1);
     if constexpr (ZERO) apply(data + 2048 + SCALES, sum.x, sum.y, sum.x, sum.y);
     __syncwarp();
     if (lane == 0) barrier_arrive(emptied + stage);

@@ -69,7 +69,7 @@ def matvec(
     blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
     most_tiles = -(-tiles // blocks)
     most_blocks = most_tiles // columns + 2
-    shared = x_rows * columns * (256 * 2 + 8 * 4) + 16 + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
+    shared = x_rows * columns * (256 * 2 + 8 * 4) + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
     stage = SPAN * weight.tile_bytes + 20
     stages = max(2, min((_SHARED - shared) // stage, -(-most_tiles // SPAN)))
     defines = {
