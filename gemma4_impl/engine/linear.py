@@ -50,6 +50,7 @@ class Linear:
         add: AddNorm | None = None,
         times: Tensor | None = None,
         softcap: float | None = None,
+        alone: bool = False,
     ) -> None:
         """x [B, K] -> out [B, out_features]. In this order:
 
@@ -57,7 +58,9 @@ class Linear:
         - norm [K]: x = rms_norm(x) * norm.
         - the product.
         - times [B, out_features]: out = gelu_tanh(out) * times.
-        - softcap: out = tanh(out / softcap) * softcap."""
+        - softcap: out = tanh(out / softcap) * softcap.
+
+        `alone` as in `fused_linear`."""
         if (
             self.fused
             and len(x) == 1
@@ -66,7 +69,8 @@ class Linear:
             and (norm is None or can_norm(self.in_features))
         ):
             act = "gelu_mul" if self.gated else None if times is None else "gelu"
-            fused_linear(self.parts[0], x, out, norm=norm, eps=eps, add=add, act=act, times=times, softcap=softcap)
+            options = {"act": act, "times": times, "softcap": softcap, "alone": alone}
+            fused_linear(self.parts[0], x, out, norm=norm, eps=eps, add=add, **options)
             return
         if add is not None:
             r, normed = steps.add_norm(x, add.residual, add.post_norm, add.scalar, norm, eps)

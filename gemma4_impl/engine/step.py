@@ -74,7 +74,7 @@ class Step:
         self._linear(layer.qkv, h, qkv, add=add, norm=layer.input_layernorm)
         self._do(ATTENTION, self._attend, layer, qkv, heads)
         h = self._buffer("attention_out", D)
-        self._linear(layer.o_proj, heads, h)
+        self._linear(layer.o_proj, heads, h, alone=True)
         # 2. MLP and experts
         add = AddNorm(residual, layer.post_attention_layernorm, None, self._other(residual))
         inner = self._buffer(f"inner_{config.intermediate_size}", config.intermediate_size)

@@ -12,8 +12,9 @@ from gemma4_impl.kernels.int4_linear.tiles import Tiles, multiprocessors
 
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
-_SHARED = 112 << 10
-"""Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles."""
+_SHARED, _ALONE = 108 << 10, 116 << 10
+"""Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and so many
+that no two blocks of one kernel fit."""
 _MOST_TILES = 512
 _ACTS = {None: 0, "gelu_mul": 1, "gelu": 2, "softcap": 3}
 _MOST_NORMED = 8192
@@ -56,6 +57,7 @@ def matvec(
     times: Tensor | None = None,
     softcap: float | None = None,
     experts: Tensor | None = None,
+    alone: bool = False,
     overlap: bool = True,
 ) -> None:
     """See `fused_linear`, which checks; here `experts` [slots] int64 chooses matrices of a stack, and x is [1, K] or
@@ -111,7 +113,9 @@ def matvec(
         offset=16 * 128 + 128 + 128 + weight.offset if weight.split else 128 + weight.offset,
     )
     function = cuda.kernel(SOURCE, "matvec", defines)
-    function(blocks, (WARPS + 2) * 32, [arguments], shared=shared + stages * stage, overlap=overlap)
+    function(
+        blocks, (WARPS + 2) * 32, [arguments], shared=max(shared + stages * stage, _ALONE * alone), overlap=overlap
+    )
 
 
 def can_norm(K: int) -> bool:
