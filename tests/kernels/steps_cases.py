@@ -68,12 +68,7 @@ class Sizes:
 
 
 SMALL = Sizes((torch.float32, torch.float16), (8, 100, 2816), (1, 3), (8, 96, 256))
-LARGE = Sizes(
-    (torch.bfloat16, torch.float32, torch.float16),
-    (8, 256, 1000, 1536, 2560, 2816, 5376, 8960),
-    (1, 2, 64, 65, 400),
-    (64, 96, 128, 256, 512),
-)
+LARGE = Sizes((torch.bfloat16, torch.float32), (1000, 2816, 5376), (1, 65), (96, 256, 512))
 
 
 @st.composite

@@ -19,7 +19,7 @@ V = 262_144
 
 
 @pytest.mark.parametrize("step", STEPS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_step(step: str, data: st.DataObject) -> None:
     data.draw(STEPS[step](LARGE)).to("cuda").check(steps)
@@ -35,11 +35,8 @@ def test_repeated_runs_agree(rows: int) -> None:
         assert_repeatable(lambda: steps.sample(logits, *how, steps.sampling_state(1, "cuda")))  # noqa: B023
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "filters", [(None, None), (1, None), (64, 0.95), (100, 0.5), (256, 1.0), (300, 0.9), (None, 0.9)]
-)
-@pytest.mark.parametrize("size", [V, 1000, 3])
+@pytest.mark.parametrize(("size", "dtype"), [(V, torch.bfloat16), (1000, torch.float32)])
+@pytest.mark.parametrize("filters", [(None, None), (1, None), (64, 0.95), (256, 1.0), (300, 0.9), (None, 0.9)])
 def test_draws_are_the_definition(size: int, filters: tuple, dtype: torch.dtype) -> None:
     """The same random numbers, hence the same tokens: filters and ties agree in every row."""
     logits = 2.5 * normal(8, size, seed=size, dtype=dtype, device="cuda")
@@ -51,9 +48,11 @@ def test_draws_are_the_definition(size: int, filters: tuple, dtype: torch.dtype)
     assert torch.equal(steps.sample(logits, 0.0, *filters, ours), sample(logits, 0.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("how", [(1.0, 64, 0.95), (0.3, 20, None), (2.0, 256, 0.7)])
-def test_candidates_are_those_of_the_sampler(how: tuple, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [(torch.bfloat16, (1.0, 64, 0.95)), (torch.float32, (1.0, 64, 0.95)), (torch.bfloat16, (2.0, 256, 0.7))],
+)
+def test_candidates_are_those_of_the_sampler(dtype: torch.dtype, how: tuple) -> None:
     """Every id that the sampler allows is drawn, and no other: with logits that differ little, and with ties."""
     logits = 0.2 * normal(1, V, seed=5, dtype=dtype, device="cuda").clamp(max=3.5)
     kept = allowed(logits.float(), *how)[0].nonzero().flatten()
@@ -62,7 +61,7 @@ def test_candidates_are_those_of_the_sampler(how: tuple, dtype: torch.dtype) -> 
     assert torch.equal(drawn, kept)
 
 
-@pytest.mark.parametrize("how", [(1.0, None, None), (0.8, 64, None), (1.0, 64, 0.95), (1.5, 256, 0.9)])
+@pytest.mark.parametrize("how", [(1.0, None, None), (1.0, 64, 0.95), (1.5, 256, 0.9)])
 def test_frequencies(how: tuple) -> None:
     logits = 2 * normal(1, V, seed=6, dtype=torch.bfloat16, device="cuda")
     scores = logits[0].double() / how[0]
