@@ -133,16 +133,35 @@ def test_sample_operator() -> None:
         torch.library.opcheck(torch.ops.gemma4.sample.default, args)
 
 
-def test_a_step_of_decoding_is_one_graph() -> None:
-    def step(h, residual, weight, table, state):
-        r, x = steps.add_norm(h, residual, weight, None, weight, EPS)
-        token = steps.sample(x @ table.T, 1.0, 4, 0.9, state)
-        return r, steps.embed(token, table, None, None, 16, 0, 2.0, torch.float32)
+class Decoding(torch.nn.Module):
+    """A norm, a head, a draw and an embedding, with the state of the draws in a buffer."""
 
-    args = (normal(2, 16, seed=0), normal(2, 16, seed=1), normal(16, seed=2), normal(40, 16, seed=3))
-    eager = step(*args, steps.sampling_state(5, "cpu"))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*args, steps.sampling_state(5, "cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(normal(40, 16, seed=3), requires_grad=False)
+        self.norm = torch.nn.Parameter(normal(16, seed=2), requires_grad=False)
+        self.register_buffer("state", steps.sampling_state(5, "cpu"))
+
+    def forward(self, h: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r, x = steps.add_norm(h, residual, self.norm, None, self.norm, EPS)
+        token = steps.sample(x @ self.table.T, 1.0, 4, 0.9, self.state)
+        return r, steps.embed(token, self.table, None, None, 16, 0, 2.0, torch.float32)
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_a_step_of_decoding_is_one_graph(how: str) -> None:
+    eager, other, args = Decoding(), Decoding(), (normal(2, 16, seed=0), normal(2, 16, seed=1))
+    if how == "compiled":
+        run = torch.compile(other, fullgraph=True, backend="aot_eager")
+    else:
+        program = torch.export.export(other, args)
+        assert {"gemma4.add_norm.default", "gemma4.sample.default", "gemma4.embed.default"} <= {
+            str(node.target) for node in program.graph.nodes
+        }
+        run = program.module()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(eager(*args), run(*args), strict=True))
+    assert eager.state.tolist() == [5, 3]
 
 
 @pytest.mark.parametrize(
