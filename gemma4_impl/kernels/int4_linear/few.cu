@@ -3,6 +3,9 @@
 // A block of threads takes two tiles each of eight row blocks at a time, a tile for each of its warps, together with the
 // same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that eight
 // row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others leave.
+//
+// The tensor cores multiply with 128 + nibble, and each group's product is scaled in float32. What is too much, and the
+// zeros, are a small product of their own: scales (or zeros) times the sums of x over the groups, which one warp makes.
 #include "common.cuh"
 
 constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 8, WARPS = 2 * BLOCKS;
@@ -12,7 +15,9 @@ constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
 constexpr int SPAN = 2;                               // columns of tiles in a stage: small copies are slow ones
 constexpr int X_ROW = SPAN * CODES + 32;              // padded against bank conflicts
 constexpr int TOKENS = 8 * WIDE;                      // WIDE: 1 for up to 8 tokens, 2 for up to 16
-constexpr int STAGE = BLOCKS * SPAN * TILE + TOKENS * X_ROW * 2;
+constexpr int SUMS = SPAN * TOKENS * 4 * 8;           // bytes: upper and lower halves for two groups each
+constexpr int STAGE = BLOCKS * SPAN * TILE + TOKENS * X_ROW * 2 + SUMS * (1 + ZERO);
+constexpr int COPIER = WARPS, SUMMER = WARPS + 1;
 
 struct Arguments {
   const u8* weight;
@@ -20,34 +25,54 @@ struct Arguments {
   bf16* out;       // [M, N]
   float* partials; // [blocks, 256 lanes, 4 WIDE]
   u32* flags;      // [blocks], zero between launches
-  int m, n, k, columns, row_blocks, stages, offset;
+  int m, n, k, columns, row_blocks, stages;
+  float offset;     // what 128 + nibble is too much, as a factor of the sum of x
 };
 
-// The weights of 16 rows x 16 nibbles, as the tensor cores take them: scale * (nibble - offset) + zero in bfloat16.
-DEVICE void dequantize(u32 word, u32 minus, u32 scale0, u32 scale8, u32 zero0, u32 zero8, u32 (&w)[4]) {
+// The bfloat16 numbers 128 + nibble, as the tensor cores take them
+DEVICE void widen(u32 word, u32 (&w)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    // (word & 0xf000f) | 0x43004300: the bfloat16 numbers 128 + nibble.
-    const u32 wide = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
-    const u32 exact = fma_bf16x2(wide, 0x3f803f80u, minus);
-    w[i] = fma_bf16x2(exact, i % 2 ? scale8 : scale0, i % 2 ? zero8 : zero0);
+  for (int i = 0; i < 4; ++i) w[i] = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
+}
+
+// d = a b, see mma
+DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+
+// A tile's scales as the tensor cores' A: 16 rows x 8 groups, twice
+DEVICE void scales_as_matrix(const u8* at, u32 (&a)[4]) {
+  const int lane = lane_id();
+  if constexpr (GROUP == 32) {
+    const uint2 both = reinterpret_cast<const uint2*>(at)[lane];
+    a[0] = a[2] = both.x, a[1] = a[3] = both.y;
+  } else {
+    const u32 both = reinterpret_cast<const u32*>(at)[GROUP == 64 ? lane : lane / 4 * 2 + lane % 4 / 2];
+    a[0] = a[2] = __byte_perm(both, 0, 0x1010), a[1] = a[3] = __byte_perm(both, 0, 0x3232);
   }
 }
 
-// Scales of rows g and g + 8 in chunk `chunk` of a tile, each twice: [half][row]
-DEVICE void scales_of(const u8* at, int chunk, u32 (&s)[2][2]) {
+// Scales of rows g and g + 8 in chunk `chunk` of a tile: [half][row]
+DEVICE void scales_of(const u8* at, int chunk, float (&s)[2][2]) {
   const int g = lane_id() / 4;
   if constexpr (GROUP == 32) {
     const uint2 both = reinterpret_cast<const uint2*>(at)[g * 4 + chunk];
-    s[0][0] = __byte_perm(both.x, 0, 0x1010), s[1][0] = __byte_perm(both.x, 0, 0x3232);
-    s[0][1] = __byte_perm(both.y, 0, 0x1010), s[1][1] = __byte_perm(both.y, 0, 0x3232);
+    s[0][0] = low_float(both.x), s[1][0] = high_float(both.x);
+    s[0][1] = low_float(both.y), s[1][1] = high_float(both.y);
   } else {
     const u32 both = reinterpret_cast<const u32*>(at)[GROUP == 64 ? g * 4 + chunk : g * 2 + chunk / 2];
-    s[0][0] = s[1][0] = __byte_perm(both, 0, 0x1010), s[0][1] = s[1][1] = __byte_perm(both, 0, 0x3232);
+    s[0][0] = s[1][0] = low_float(both), s[0][1] = s[1][1] = high_float(both);
   }
 }
 
-DEVICE u32 pair(float x) { return to_bf16x2(x, x); }
+// Upper and lower half of two numbers as pairs of bfloat16
+DEVICE uint2 halves_of(float x, float y) {
+  const float high_x = round_bf16(x), high_y = round_bf16(y);
+  return {to_bf16x2(high_x, high_y), to_bf16x2(x - high_x, y - high_y)};
+}
 
 DEVICE u32 load_acquire(const u32* p) {
   u32 x;
@@ -65,11 +90,13 @@ DEVICE void arrive_when_copied(u64* barrier) {
 
 DEVICE void barrier_of(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 shared[];
   const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
   u64* filled = reinterpret_cast<u64*>(shared + a.stages * STAGE);
-  u64* emptied = filled + a.stages;
+  u64* x_filled = filled + a.stages;
+  u64* summed = x_filled + a.stages;
+  u64* emptied = summed + a.stages;
   float4* halves = reinterpret_cast<float4*>(emptied + a.stages);  // sums of every second tile
   const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
   const int spans = (a.columns + SPAN - 1) / SPAN;
@@ -77,8 +104,11 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
   const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
 
-  if (warp == WARPS) {
-    for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 1 + 32), barrier_init(emptied + s, WARPS);
+  if (warp == COPIER) {
+    for (int s = lane; s < a.stages; s += 32) {
+      barrier_init(filled + s, 1), barrier_init(x_filled + s, 32);
+      barrier_init(summed + s, 32), barrier_init(emptied + s, WARPS);
+    }
     barrier_init_fence();
   }
   for (int s = 0; s < a.stages; ++s)
@@ -86,7 +116,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
       reinterpret_cast<uint4*>(shared + s * STAGE + BLOCKS * SPAN * TILE)[i] = {0, 0, 0, 0};
   __syncthreads();
 
-  if (warp == WARPS) {
+  if (warp == COPIER) {
     const auto fetch_weights = [&](int unit, int stage) {
       const int block = unit / spans * BLOCKS, column = unit % spans * SPAN;
       const int blocks = min(BLOCKS, a.row_blocks - block), bytes = min(SPAN, a.columns - column) * TILE;
@@ -103,7 +133,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
 #pragma unroll
         for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8)
           if (column + i < a.k) copy_async(to + m * X_ROW + i, a.x + i64{m} * a.k + column + i);
-      arrive_when_copied(filled + stage);
+      arrive_when_copied(x_filled + stage);
     };
     for (int i = 0; i < min(a.stages, last - first); ++i) fetch_weights(first + i, i);
     grid_wait();
@@ -118,11 +148,42 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
     return;
   }
   grid_wait();
+  const auto x_of = [&](int stage) {
+    return reinterpret_cast<const bf16*>(shared + stage * STAGE + BLOCKS * SPAN * TILE);
+  };
+  const auto sums_of = [&](int stage) {
+    return reinterpret_cast<uint2*>(shared + stage * STAGE + BLOCKS * SPAN * TILE + TOKENS * X_ROW * 2);
+  };
 
-  // Of eight bits, lanes 0 and 1 have high nibbles, less 8 and times 16, lanes 2 and 3 low ones.
-  const bool high = SPLIT && t < 2;
-  const u32 minus = pair(-(high ? 136.0f : 128.0f + a.offset));
-  const u32 times = pair(16), none = 0x80008000u;
+  if (warp == SUMMER) {
+    for (int unit = first, stage = 0, parity = 0; unit < last; ++unit) {
+      barrier_wait(x_filled + stage, parity);
+#pragma unroll
+      for (int i = lane; i < SPAN * TOKENS * 4; i += 32) {
+        const int n = i % TOKENS, at = i / TOKENS;  // groups 2 at and 2 at + 1
+        constexpr int VECTORS = CODES / 64;         // of 8 in a group
+        const uint4* x = reinterpret_cast<const uint4*>(x_of(stage) + n * X_ROW) + at * 2 * VECTORS;
+        float sum[2] = {};
+#pragma unroll
+        for (int j = 0; j < VECTORS; ++j)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const uint4 v = x[k * VECTORS + (j + lane / 2) % VECTORS];
+            sum[k] += low_float(v.x) + high_float(v.x) + low_float(v.y) + high_float(v.y) + low_float(v.z) +
+                      high_float(v.z) + low_float(v.w) + high_float(v.w);
+          }
+        const int to = (at / 4 * TOKENS + n) * 4 + at % 4;
+        sums_of(stage)[to] = halves_of(-a.offset * sum[0], -a.offset * sum[1]);
+        if constexpr (ZERO) sums_of(stage)[SUMS / 8 + to] = halves_of(sum[0], sum[1]);
+      }
+      barrier_arrive(summed + stage);
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+    return;
+  }
+
+  // Of eight bits, lanes 0 and 1 have high nibbles, which count 16 times.
+  const u32 times = SPLIT && t < 2 ? 0x41804180u : 0x3f803f80u;
   const int block = warp % BLOCKS, part = warp / BLOCKS;
   int stage = 0, parity = 0;
   for (int unit = first; unit < last;) {
@@ -130,29 +191,46 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32, 1) few(const __gr
     float c[WIDE][4] = {};
     for (; unit < end; ++unit) {
       barrier_wait(filled + stage, parity);
+      barrier_wait(x_filled + stage, parity);
+      barrier_wait(summed + stage, parity);
       // Its two warps take a tile each.
       const u8* data = shared + stage * STAGE + (block * SPAN + part) * TILE;
-      const bf16* x = reinterpret_cast<const bf16*>(shared + stage * STAGE + BLOCKS * SPAN * TILE) + part * CODES;
-      const bool there = unit % spans * SPAN + part < a.columns;
+      const bf16* x = x_of(stage) + part * CODES;
+      if (unit % spans * SPAN + part < a.columns) {
 #pragma unroll
-      for (int chunk = 0; chunk < (there ? 4 : 0); ++chunk) {
-        const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
-        u32 s[2][2], z[2][2] = {{none, none}, {none, none}};
-        scales_of(data + 2048, chunk, s);
-        if constexpr (ZERO) scales_of(data + 2048 + SCALES, chunk, z);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          u32 s0 = s[half][0], s8 = s[half][1], z0 = z[half][0], z8 = z[half][1];
-          if (high) s0 = fma_bf16x2(s0, times, none), s8 = fma_bf16x2(s8, times, none), z0 = z8 = none;
-          u32 w[2][4];
-          dequantize(half ? words.z : words.x, minus, s0, s8, z0, z8, w[0]);
-          dequantize(half ? words.w : words.y, minus, s0, s8, z0, z8, w[1]);
-          const int column = SPLIT ? (chunk * 2 + half) * 16 + t % 2 * 8 : chunk * 64 + half * 32 + t * 8;
+        for (int i = 0; i < 1 + ZERO; ++i) {
+          u32 s[4];
+          scales_as_matrix(data + 2048 + i * SCALES, s);
 #pragma unroll
           for (int n = 0; n < WIDE; ++n) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x + (n * 8 + g) * X_ROW + column);
-            mma(c[n], w[0], {b.x, b.y});
-            mma(c[n], w[1], {b.z, b.w});
+            const uint2 sum = sums_of(stage)[i * (SUMS / 8) + (part * TOKENS + n * 8) * 4 + lane];
+            mma(c[n], s, {sum.x, sum.y});
+          }
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < 4; ++chunk) {
+          const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
+          float s[2][2];
+          scales_of(data + 2048, chunk, s);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            u32 w[2][4];
+            widen(half ? words.z : words.x, w[0]);
+            widen(half ? words.w : words.y, w[1]);
+            const int column = SPLIT ? (chunk * 2 + half) * 16 + t % 2 * 8 : chunk * 64 + half * 32 + t * 8;
+#pragma unroll
+            for (int n = 0; n < WIDE; ++n) {
+              uint4 b = *reinterpret_cast<const uint4*>(x + (n * 8 + g) * X_ROW + column);
+              if constexpr (SPLIT) {
+                b = {fma_bf16x2(b.x, times, 0x80008000u), fma_bf16x2(b.y, times, 0x80008000u),
+                     fma_bf16x2(b.z, times, 0x80008000u), fma_bf16x2(b.w, times, 0x80008000u)};
+              }
+              float d[4];
+              mma_first(d, w[0], {b.x, b.y});
+              mma(d, w[1], {b.z, b.w});
+              c[n][0] += s[half][0] * d[0], c[n][1] += s[half][0] * d[1];
+              c[n][2] += s[half][1] * d[2], c[n][3] += s[half][1] * d[3];
+            }
           }
         }
       }
@@ -222,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(BLOCKS * 32) dequantize_rows(const 
   for (int chunk = 0; chunk < 4; ++chunk) words[chunk] = __ldcs(reinterpret_cast<const uint4*>(data + chunk * 512) + lane);
 #pragma unroll
   for (int chunk = 0; chunk < 4; ++chunk) {
-    u32 s[2][2], z[2][2] = {};
+    float s[2][2], z[2][2] = {};
     scales_of(data + 2048, chunk, s);
     if constexpr (ZERO) scales_of(data + 2048 + SCALES, chunk, z);
 #pragma unroll
@@ -230,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(BLOCKS * 32) dequantize_rows(const 
       const u32 pairs[2] = {half ? words[chunk].z : words[chunk].x, half ? words[chunk].w : words[chunk].y};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float scale = low_float(s[half][r]), zero = low_float(z[half][r]);
+        const float scale = s[half][r], zero = z[half][r];
         float w[8];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

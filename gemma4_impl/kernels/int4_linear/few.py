@@ -20,7 +20,8 @@ _SLICE_BYTES = 48 << 20
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials", "flags")),
-        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "stages", "offset")),
+        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "stages")),
+        ("offset", ctypes.c_float),
     ]
 
 
@@ -33,8 +34,9 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
     stage = _BLOCKS * _SPAN * weight.tile_bytes + 8 * wide * (_SPAN * codes + 32) * 2
+    stage += _SPAN * 8 * wide * 32 * (1 + weight.has_zero)
     halves = _BLOCKS * 32 * 16 * wide
-    stages = min((_SHARED - halves) // (stage + 16), -(-units // blocks))
+    stages = min((_SHARED - halves) // (stage + 32), -(-units // blocks))
     partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
@@ -48,10 +50,10 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         columns=columns,
         row_blocks=row_blocks,
         stages=stages,
-        offset=weight.offset,
+        offset=weight.excess,
     )
     function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
-    function(blocks, (_WARPS + 1) * 32, [arguments], shared=stages * (stage + 16) + halves, overlap=overlap)
+    function(blocks, (_WARPS + 2) * 32, [arguments], shared=stages * (stage + 32) + halves, overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor) -> None:

@@ -13,8 +13,8 @@ from gemma4_impl.kernels.int4_linear.tiles import Tiles, multiprocessors
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
 _SHARED, _ALONE = 108 << 10, 116 << 10
-"""Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and so many
-that no two blocks of one kernel fit."""
+"""Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and that
+no two blocks of one kernel find."""
 _MOST_TILES = 512
 _ACTS = {None: 0, "gelu_mul": 1, "gelu": 2, "softcap": 3}
 _MOST_NORMED = 8192
@@ -109,8 +109,7 @@ def matvec(
         stages=stages,
         per_tiles_per_block=-(-(1 << 32) // columns),
         per_stages=-(-(1 << 32) // stages),
-        # Of eight bits: 16 (128 + high) + 128 + low, where 128 was added to the code.
-        offset=16 * 128 + 128 + 128 + weight.offset if weight.split else 128 + weight.offset,
+        offset=weight.excess,
     )
     function = cuda.kernel(SOURCE, "matvec", defines)
     function(

@@ -31,6 +31,12 @@ class Tiles:
         return self.tiles.shape[-1]
 
     @property
+    def excess(self) -> float:
+        """What the kernels, which multiply with 128 + nibble, have too much, as a factor of the sum of x."""
+        # Of eight bits: 16 (128 + high) + 128 + low, where 128 was added to the code.
+        return 16.0 * 128 + 128 + 128 + self.offset if self.split else 128.0 + self.offset
+
+    @property
     def defines(self) -> dict[str, int]:
         """The macros of the CUDA sources."""
         return {"GROUP": self.group, "ZERO": int(self.has_zero), "SPLIT": int(self.split)}
