@@ -20,9 +20,10 @@ from bench.timing import Call
 from gemma4_impl.config import FULL, SLIDING, VARIANTS, TextConfig
 from gemma4_impl.engine import PackedModel, RandomWeights, Session
 from gemma4_impl.generate import cache_bytes
+from gemma4_impl.quant.tensor import QuantizedTensor
 from parity.budget import Check
 
-NEW = 32
+NEW = 16
 """Tokens that a call decodes."""
 DTYPE = torch.bfloat16
 _TINY = {
@@ -83,9 +84,22 @@ class Given:
         return (k * 0.4).to(dtype), v.to(dtype)
 
 
-@functools.cache
-def weights(name: str) -> RandomWeights:
-    return RandomWeights(CONFIGS[name], Given(name, 1).device)
+class Kept(RandomWeights):
+    """Quantized tensors are drawn once, for all that read them."""
+
+    @functools.cached_property
+    def _drawn(self) -> dict[str, QuantizedTensor | None]:
+        return {}
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        if name not in self._drawn:
+            self._drawn[name] = super().quantized(name)
+        return self._drawn[name]
+
+
+@functools.lru_cache(maxsize=1)
+def weights(name: str) -> Kept:
+    return Kept(CONFIGS[name], Given(name, 1).device)
 
 
 class Dense:
@@ -93,7 +107,6 @@ class Dense:
 
     def __init__(self, name: str):
         self.weights = weights(name)
-        self.looked_up = functools.cache(self.weights.tensor)
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights.files
@@ -102,7 +115,8 @@ class Dense:
         return self.weights.tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.looked_up(name)[start:stop]
+        weight = self.weights.quantized(name)
+        return self.weights.rows(name, start, stop) if weight is None else weight[start:stop].dequantize()
 
     def is_quantized(self, name: str) -> bool:
         return self.weights.configs[name] is not None
@@ -305,6 +319,9 @@ def decode_case(given: Given) -> Case:
     def theirs(g: Given, compiled: bool) -> Call:
         found = transformers(g.name, compiled)
         return Call(lambda: found.decode(g), before=lambda: found.fill(g))
+
+    def forced(g: Given) -> Tensor:
+        return engine(g.name, g.context).logits(g)
 
     compiles = [
         Backend(

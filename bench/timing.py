@@ -39,6 +39,8 @@ class Sampler:
     """What the timed call on the first working set returned."""
     seconds: float
     """That `sample()` takes."""
+    calls: Sequence[Any]
+    """What a graph needs to be alive: it holds addresses, not tensors."""
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -87,7 +89,7 @@ def _wall_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
 
     start = time.perf_counter()
     sample()
-    return Sampler(sample, "wall", lambda: last[0], time.perf_counter() - start)
+    return Sampler(sample, "wall", lambda: last[0], time.perf_counter() - start, calls)
 
 
 def _device_sampler(runs: Sequence[Callable[[], Any]]) -> Sampler:
@@ -120,7 +122,7 @@ def _device_sampler(runs: Sequence[Callable[[], Any]]) -> Sampler:
 
         method = "events"
     seconds = [_events(replay) for _ in range(3)][-1]
-    return Sampler(lambda: _events(replay) / count, method, lambda: last[0], seconds)
+    return Sampler(lambda: _events(replay) / count, method, lambda: last[0], seconds, runs)
 
 
 def _events(run: Callable[[], Any]) -> float:

@@ -177,6 +177,23 @@ def test_device_time_of_a_copy_is_that_of_the_ceiling() -> None:
 
 
 @pytest.mark.cuda
+def test_a_graph_keeps_what_its_calls_hold() -> None:
+    """What `prepare` made for a working set is in nobody else's hands."""
+    device = torch.device("cuda")
+
+    def prepare(x: torch.Tensor) -> Call:
+        held = x.expand(1 << 22, 4).contiguous()
+        return Call(lambda: held.sum())
+
+    sampler = timing.sampler([prepare(torch.full((4,), i + 1.0, device=device)) for i in range(3)], device)
+    others = [torch.full((1 << 22, 4), 7.0, device=device) for _ in range(3)]
+    sampler.sample()
+    assert float(sampler.output()) == 4 << 22
+    assert {float(run()) for run in sampler.calls} == {4 << 22, 8 << 22, 12 << 22}
+    del others
+
+
+@pytest.mark.cuda
 def test_a_call_that_synchronizes_is_timed_by_events() -> None:
     x = torch.ones(1 << 20, device="cuda")
     sampler = timing.sampler([Call(lambda: x.sum().item())], torch.device("cuda"))
