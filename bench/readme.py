@@ -1,4 +1,5 @@
-"""Writes the README's benchmark tables from runs: `python -m bench.readme docs/bench/*.json`, each file a section."""
+"""Writes the README's benchmark tables from runs, a section for each machine:
+`python -m bench.readme docs/bench/*.json`."""
 
 import argparse
 import sys
@@ -15,11 +16,19 @@ _IN_TOKENS = ("prefill", "decode")
 """Suites whose cells are tokens a second; those of the others are times."""
 
 
-def section(path: Path, name: str) -> str:
-    """Tables of one file: for each operation a row for each shape (tiny ones left out) and a column for each backend,
-    the fastest in bold."""
-    results = load(path)
-    lines = [f"{'; '.join(map(machine_line, results.machines))} (`{name}`)."]
+def tables(paths: Sequence[Path]) -> str:
+    """All sections; files of the same machine and versions are one."""
+    machines: dict[str, list[Path]] = {}
+    for path in paths:
+        machines.setdefault(machine_line(load(path).machines[0]), []).append(path)
+    return "\n\n".join(section(files) for files in machines.values())
+
+
+def section(paths: Sequence[Path]) -> str:
+    """Tables of one machine: for each operation a row for each shape, tiny ones left out, and a column for each backend.
+    The fastest is in bold."""
+    results = load(*paths)
+    lines = [f"**{machine_line(results.machines[0])}** ({', '.join(f'`{_named(path)}`' for path in paths)})."]
     tops = [
         f"copy {top['copy_gb_per_s']:,.0f} GB/s, {dtype} matmul {top['matmul_tflop_per_s']:,.3g} TFLOP/s"
         for (_, dtype, threads), top in results.ceilings.items()
@@ -76,12 +85,12 @@ def _floor(published: Sequence[Published], suite: str) -> list[str]:
     return [f"{tokens / least:,.0f}" if suite in _IN_TOKENS else seconds(least), share]
 
 
-def replaced(text: str, tables: str) -> str:
-    """`text` with `tables` between the two markers. Raises ValueError unless each of them is there once, in order."""
+def replaced(text: str, inside: str) -> str:
+    """`text` with `inside` between the two markers. Raises ValueError unless each of them is there once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"needs one line {BEGIN} and after it one line {END}")
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,9 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         text = args.readme.read_text(encoding="utf-8")
-        tables = "\n\n".join(section(path, _named(path)) for path in args.json)
+        text = replaced(text, tables(args.json))
         with replacing(args.readme) as path:
-            path.write_text(replaced(text, tables), encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from benchmark_runs import row, without, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.readme import BEGIN, END, README, main, replaced, section
+from bench.readme import BEGIN, END, README, main, replaced, tables
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda t: "<!--" not in t)
 
@@ -43,15 +43,26 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_table_has_a_row_a_shape_and_a_column_a_backend(run: Path) -> None:
-    text = section(run, "run.json")
+    text = tables([run])
     lines = text.splitlines()
-    assert lines[0].startswith("A processor, 2 cores; Python 3.12.3, torch 2.13.0 (`run.json`). Ceilings")
+    assert lines[0].startswith("**A processor, 2 cores; Python 3.12.3, torch 2.13.0** (`run.json`). Ceilings")
     assert "| SDPA decode | gemma4 | peer | roofline | reached |" in lines
     assert "| 31B: S=4096 | **10.0 µs** | 20.0 µs | 1.00 µs | 10 % |" in lines
     assert "| decode of 32 tokens, tokens/s | gemma4 | roofline | reached |" in lines
     assert any(line.startswith("| small | 64 | 128 |") for line in lines)
     assert "tiny" not in text
     assert lines[-1] == "Absent from this run: gone (gone is not installed)."
+
+
+def test_files_of_one_machine_are_one_section(run: Path, tmp_path: Path) -> None:
+    more = write(tmp_path / "more.json", [row("int4 linear, 31B: head", "gemma4", 1e-3, suite="int4_linear")])
+    other = write(
+        tmp_path / "other.json", [row("int4 linear, 31B: head", "gemma4", 2e-3)], machine={"gpu": "NVIDIA H200"}
+    )
+    text = tables([run, other, more])
+    assert text.count("Ceilings in the same run") == 2
+    assert "(`run.json`, `more.json`)" in text
+    assert text.index("| 31B: head | 1.00 ms |") < text.index("**NVIDIA H200;") < text.index("| 31B: head | 2.00 ms |")
 
 
 def test_writing_twice_changes_nothing(run: Path, tmp_path: Path) -> None:
@@ -81,6 +92,5 @@ def test_errors_are_one_line_and_exit_2(run: Path, tmp_path: Path, capsys, kind:
 def test_the_readme_shows_the_committed_runs() -> None:
     runs = sorted((README.parent / "docs" / "bench").glob("*.json"))
     text = README.read_text(encoding="utf-8")
-    tables = "\n\n".join(section(path, str(path.relative_to(README.parent))) for path in runs)
     assert runs
-    assert replaced(text, tables) == text
+    assert replaced(text, tables(runs)) == text
