@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -233,19 +234,21 @@ def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled
     top = timing.ceilings(case.device, case.dtype) if enabled else None
     first = case.make(0)
     judge = case.judge(first)
-    calls: dict[Backend, Call] = {}
+    calls: dict[Backend, tuple[Call, float]] = {}
     for b in backends:
         with _recorded(rows[b.name], case.device):
             call = _call(b, first)
             if call.before:
                 call.before()
+            start = time.perf_counter()
             with timing.peak_memory(case.device) as peak:
                 output = call.run()
+            seconds = time.perf_counter() - start
             rows[b.name].info["peak_bytes"] = peak[0] if peak else None
             found = judge(b.read(output))
             del output
             if _judged(rows[b.name], found):
-                calls[b] = call
+                calls[b] = call, seconds
     if not enabled:
         return
     sets = [first]
@@ -253,25 +256,31 @@ def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled
         sets += map(case.make, range(1, timing.working_sets(int(case.cost()[0]), case.device)))
     samplers: dict[Backend, timing.Sampler] = {}
     seconds = 0.0
-    for b, call in calls.items():
+    for b, (call, known) in calls.items():
         row = rows[b.name]
         with _recorded(row, case.device):
             if case.device.type == "cuda":
                 # The first call may have compiled kernels and tried them out.
+                known = 0.0
+                if call.before:
+                    call.before()
                 with timing.peak_memory(case.device) as peak:
                     call.run()
                 row.info["peak_bytes"] = peak[0]
-            ready = timing.sampler([call, *(_call(b, s) for s in sets[1:])], case.device, b.wall)
+            ready = timing.sampler([call, *(_call(b, s) for s in sets[1:])], case.device, b.wall, known)
             row.info |= {"timer": ready.method, "working_sets": len(sets)}
             seconds += ready.seconds
             samplers[b] = ready
     fewest = _FEWEST if seconds < _LONG_SECONDS else _FEWEST_LONG
     for _ in range(max(fewest, min(_MOST, int(_CASE_SECONDS / max(seconds, 1e-9))))):
         for b, ready in samplers.items():
-            rows[b.name].times.append(ready.sample())
+            if rows[b.name].status == "published":
+                with _recorded(rows[b.name], case.device):
+                    rows[b.name].times.append(ready.sample())
     for b, ready in samplers.items():
-        with _recorded(rows[b.name], case.device):
-            _judged(rows[b.name], judge(b.read(ready.output())))
+        if rows[b.name].status == "published":
+            with _recorded(rows[b.name], case.device):
+                _judged(rows[b.name], judge(b.read(ready.output())))
         if rows[b.name].status != "published":
             rows[b.name].times.clear()
     timed_rows = [row for row in rows.values() if row.times]

@@ -25,8 +25,8 @@ def tables(paths: Sequence[Path]) -> str:
 
 
 def section(paths: Sequence[Path]) -> str:
-    """Tables of one machine: for each operation a row for each shape, tiny ones left out, and a column for each backend.
-    The fastest is in bold."""
+    """Tables of one machine: for each operation a row for each shape but tiny ones, a column for each backend, the
+    fastest in bold."""
     results = load(*paths)
     lines = [f"**{machine_line(results.machines[0])}** ({', '.join(f'`{_named(path)}`' for path in paths)})."]
     tops = [

@@ -16,7 +16,7 @@ import torch
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _GRAPH_SECONDS, _GRAPH_CALLS = 2e-3, 512
-_WALL_SECONDS = 2e-3
+_WALL_SECONDS, _LONG_SECONDS = 2e-3, 0.1
 _MOST_SETS = 64
 
 
@@ -59,14 +59,15 @@ def working_sets(nbytes: int, device: torch.device) -> int:
     return max(1, min(_MOST_SETS, -(-2 * cache_bytes(device) // max(1, nbytes))))
 
 
-def sampler(calls: Sequence[Call], device: torch.device, wall: bool = False) -> Sampler:
-    """A sampler over `calls`, the same operation on different working sets, warmed up."""
+def sampler(calls: Sequence[Call], device: torch.device, wall: bool = False, known: float = 0) -> Sampler:
+    """A sampler over `calls`, the same operation on different working sets, warmed up. A single call that has run in
+    `known` seconds is taken to be warm if these are long."""
     if device.type == "cuda" and not wall and not any(call.before for call in calls):
         return _device_sampler([call.run for call in calls])
-    return _wall_sampler(calls, device)
+    return _wall_sampler(calls, device, known if len(calls) == 1 and known > _LONG_SECONDS else 0)
 
 
-def _wall_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
+def _wall_sampler(calls: Sequence[Call], device: torch.device, known: float) -> Sampler:
     last: list[Any] = [None]
 
     def once(call: Call) -> float:
@@ -87,9 +88,11 @@ def _wall_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
             times += map(once, calls)
         return statistics.mean(times)
 
-    start = time.perf_counter()
-    sample()
-    return Sampler(sample, "wall", lambda: last[0], time.perf_counter() - start, calls)
+    if not known:
+        start = time.perf_counter()
+        sample()
+        known = time.perf_counter() - start
+    return Sampler(sample, "wall", lambda: last[0], known, calls)
 
 
 def _device_sampler(runs: Sequence[Callable[[], Any]]) -> Sampler:

@@ -81,6 +81,32 @@ def test_what_was_timed_is_checked_too() -> None:
     assert (row.status, row.times) == ("not in parity", [])
 
 
+def test_before_every_timed_call_what_it_needs_is_done() -> None:
+    """A call that runs once for each `before`, as one that goes on in a cache of limited room."""
+    ready: list[int] = []
+
+    def prepare(x: torch.Tensor) -> Call:
+        def run() -> torch.Tensor:
+            ready.pop()
+            return _square(x)
+
+        return Call(run, before=lambda: ready.append(1))
+
+    row = _measured(RIGHT, Backend("once", prepare), rotate=False)["once"]
+    assert row.times
+    assert ready == []
+
+
+def test_a_call_that_fails_after_a_while_has_no_number() -> None:
+    def prepare(x: torch.Tensor) -> Call:
+        calls = itertools.count()
+        return Call(lambda: _square(x) if next(calls) < 500 else _raises(x))
+
+    rows = _measured(RIGHT, Backend("tired", prepare), rotate=False)
+    assert (rows["tired"].status, rows["tired"].times) == ("refused", [])
+    assert rows["right"].times
+
+
 def test_absent_and_refused_are_named_with_their_reason() -> None:
     absent = Backend("gone", _raises, absent=needs("no_such_module_here"))
     rows = _measured(RIGHT, absent, Backend("picky", _raises), Backend("late", lambda x: lambda: _raises(x)))
