@@ -95,7 +95,8 @@ def embed(
     Returns [..., D]; an id that the table does not have (-1: nothing could be drawn) gives a row of NaN.
     Raises ValueError for a table that is not what `bits` says."""
     dtypes = {4: torch.uint8, 8: torch.int8, 16: dtype}
-    if dtypes.get(bits) != table.dtype or (scale is None) != (bits == 16) or not table.is_contiguous():
+    whole = all(t is None or t.is_contiguous() for t in (table, scale, zero))
+    if dtypes.get(bits) != table.dtype or (scale is None) != (bits == 16) or not whole:
         kind = "without" if scale is None else "with"
         raise ValueError(f"the table is {_like(table)} {kind} scales, which is not {bits} bits of {dtype} in one piece")
     return _backend(table).embed(tokens, table, scale, zero, bits, offset, factor, dtype)

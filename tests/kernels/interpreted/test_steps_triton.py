@@ -55,6 +55,15 @@ def test_draw_top_k_is_the_definition(V, dtype, levels, temperature, top_k, top_
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (2, None), (7, 0.5), (20, 0.93)])
+def test_candidates_are_the_definition(top_k: int, top_p: float | None) -> None:
+    """So hot that all candidates are equally likely: one too many or too few shows, and the wrong one of equals."""
+    logits = (2 * normal(1, 150, seed=1)).round().expand(16, -1)
+    ours, theirs = sampling_state(4, "cpu"), sampling_state(4, "cpu")
+    expected = naive.sample(logits, 1e3, top_k, top_p, theirs)
+    assert torch.equal(triton_sampling.draw_top_k(logits, 1e3, top_k, top_p, ours), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinities_and_nan(dtype: torch.dtype) -> None:
     inf, nan = math.inf, math.nan
