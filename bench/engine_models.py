@@ -23,7 +23,7 @@ from gemma4_impl.generate import cache_bytes
 from gemma4_impl.quant.tensor import QuantizedTensor
 from parity.budget import Check
 
-NEW = 16
+NEW = 8
 """Tokens that a call decodes."""
 DTYPE = torch.bfloat16
 _TINY = {

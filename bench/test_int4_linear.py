@@ -52,12 +52,12 @@ CASES = [
 if torch.cuda.is_available():
     CASES += [
         *(Linears("31B", "linears of 6 layers", SIX_LAYERS, M) for M in (1, 2, 4, 8, 16)),
-        *(Linears("31B", "linears of 6 layers", SIX_LAYERS, 1, group) for group in (64, 128)),
-        Linears("31B", "linears of 6 layers", SIX_LAYERS, 1, zeros=True),
+        Linears("31B", "gate", [(21504, 5376)], 2048),
         *(Linears("31B", name, [shape], 1) for name, shape in SLIDING.items()),
         Linears("31B", "o of a full layer", [FULL["o"]], 1),
         Linears("31B", "head", [(262144, 5376)], 1),
-        Linears("31B", "gate", [(21504, 5376)], 2048),
+        *(Linears("31B", "linears of 6 layers", SIX_LAYERS, 1, group) for group in (64, 128)),
+        Linears("31B", "linears of 6 layers", SIX_LAYERS, 1, zeros=True),
     ]
 
 
