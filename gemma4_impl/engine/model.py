@@ -1,5 +1,6 @@
 """The text model's weights as the engine takes them: streamed from a checkpoint, q/k/v and gate/up put together."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,7 @@ from gemma4_impl.engine.linear import Linear, weight_bytes
 from gemma4_impl.kernels import cuda, steps
 from gemma4_impl.model.decoder import Gemma4, ScaledEmbedding
 from gemma4_impl.model.rope import RotaryEmbedding
-from gemma4_impl.quant.cuda import GATED_ROWS, ROWS, CudaWeight, group_of
-from gemma4_impl.quant.cuda import _kind as kind
+from gemma4_impl.quant.cuda import CudaWeight
 from gemma4_impl.quant.modules import QuantizedEmbedding
 from gemma4_impl.quant.pack import pack_weight
 from gemma4_impl.quant.packed import DequantizedWeight, PackedWeight
@@ -278,21 +278,8 @@ def packed_linear(
 ) -> Linear:
     """Weights on the same input, packed for the device."""
     weights = [weight.to(device) for weight in weights]
-    if device.type == "cuda" and fits(weights, dtype, gated):
-        one = CudaWeight(weights[0], dtype, gated=weights[1]) if gated else CudaWeight.stacked(weights, dtype)
-        return Linear([one], gated)
+    if device.type == "cuda" and dtype == torch.bfloat16 and cuda.available(weights[0].device.index):
+        with contextlib.suppress(ValueError):  # of weights that do not go together, or not at all
+            one = CudaWeight(weights[0], dtype, gated=weights[1]) if gated else CudaWeight.stacked(weights, dtype)
+            return Linear([one], gated)
     return Linear([pack_weight(weight, dtype, device) for weight in weights], gated)
-
-
-def fits(weights: Sequence[QuantizedTensor], dtype: torch.dtype, gated: bool) -> bool:
-    """Whether the kernels for NVIDIA GPUs take these weights as one."""
-    first = weights[0]
-    return (
-        dtype == torch.bfloat16
-        and cuda.available(first.device.index or 0)
-        and group_of(first) is not None
-        and all(kind(weight) == kind(first) for weight in weights)
-        and all(
-            weight.shape[-2] % (GATED_ROWS if gated else ROWS) == 0 for weight in (weights if gated else weights[:-1])
-        )
-    )

@@ -123,8 +123,7 @@ def _experts(moe: MoE, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     out = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     for e, (rows, at) in enumerate(zip(token.split(counts), order.split(counts), strict=True)):
         if len(rows):
-            gate, up = _matrix(moe.gate_up, x[rows], e).chunk(2, dim=-1)
-            y = _matrix(moe.down, F.gelu(gate, approximate="tanh") * up, e)
+            y = _matrix(moe.down, steps.gelu_mul(_matrix(moe.gate_up, x[rows], e)), e)
             out.index_add_(0, rows, y * weights.flatten()[at, None])
     return out.type_as(x)
 

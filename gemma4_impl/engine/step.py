@@ -126,13 +126,12 @@ class Step:
         weights, index = route(moe, residual, self.model.config.top_k_experts, eps)
         x = steps.norm(residual, moe.pre_norm, eps)
         rows = [self._sparse(moe, *row) for row in zip(x.split(1), weights, index, strict=True)]
-        add_experts(moe, h, torch.stack(rows), eps)
+        add_experts(moe, h, torch.cat(rows), eps)
 
     def _sparse(self, moe: MoE, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        """x [1, D], weights and index [k] -> [D]."""
-        gate, up = linear_experts(moe.gate_up, x, index).chunk(2, dim=-1)
-        y = linear_experts(moe.down, F.gelu(gate, approximate="tanh") * up, index)
-        return (y * weights[:, None]).sum(0).type_as(x)
+        """x [1, D], weights and index [k] -> [1, D]."""
+        y = linear_experts(moe.down, steps.gelu_mul(linear_experts(moe.gate_up, x, index)), index)
+        return (y * weights[:, None]).sum(0, keepdim=True).type_as(x)
 
     def _draw(self, sampling: Sampling) -> None:
         self.token.copy_(self.sample(self.logits, sampling))

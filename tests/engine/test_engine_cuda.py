@@ -32,7 +32,7 @@ class Dense(RandomWeights):
 def middle(variant: str) -> TextConfig:
     """Real heads and widths of kernels, fewer layers and rows."""
     config = VARIANTS[variant]
-    layers = config.layer_types[:5] * 2 if variant == "E2B" else config.layer_types[:6] * 2
+    layers = {"E2B": config.layer_types[:5] * 2, "E4B": config.layer_types[:6] * 2}.get(variant, config.layer_types[:6])
     sizes = {"layer_types": layers, "num_hidden_layers": len(layers), "sliding_window": 64, "vocab_size": 2048}
     sizes |= {"vocab_size_per_layer_input": 2048, "hidden_size": 1024, "intermediate_size": 2048}
     if config.num_kv_shared_layers:
