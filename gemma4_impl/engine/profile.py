@@ -86,23 +86,18 @@ def profile(session: Session) -> Profile:
 def _on_gpu(session: Session, restored: Callable[[], None]) -> dict[str, float]:
     step = session.step
     seconds = {"all": _timed(session.graph.replay, restored)}
-    for name in PARTS:
-        done = []
-
-        def only(part: str, work: Callable[[], None], name: str = name, done: list = done) -> None:
-            if part == name:
-                work()
-                done.append(part)
-
-        step.watch = only
-        graph = torch.cuda.CUDAGraph()
-        try:
+    present: list[str] = []
+    try:
+        step.watch = lambda part, work: present.append(part)
+        step(session.sampling)
+        for name in dict.fromkeys(present):
+            step.watch = lambda part, work, name=name: work() if part == name else None
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 step(session.sampling)
-        finally:
-            step.watch = None
-        if done:
             seconds[name] = _timed(graph.replay, restored)
+    finally:
+        step.watch = None
     return seconds
 
 
