@@ -9,10 +9,12 @@ from engine_models import NAMES, small, tokens
 from torch import Tensor
 
 from gemma4_impl.config import VARIANTS, TextConfig
-from gemma4_impl.engine import PackedModel, RandomWeights, Session, random_model
+from gemma4_impl.engine import Engine, PackedModel, RandomWeights, Session, generate, random_model
 from gemma4_impl.engine.profile import profile
+from gemma4_impl.engine.random_checkpoint import random_checkpoint
 from gemma4_impl.generation import Sampling
 from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.cuda
 STEPS = 6
@@ -145,3 +147,18 @@ def test_the_profile_of_a_graph():
     assert sum(part.seconds for part in result.parts) > 0
     assert result.copy > 1e11
     assert len(list(session.decode(4))) == 4
+
+
+def test_generates_and_stops_while_a_step_runs_ahead(tmp_path, monkeypatch):
+    random_checkpoint(small("E4B"), tmp_path / "m", device="cuda")
+    fast, tokenizer = Engine.from_pretrained(tmp_path / "m", device="cuda"), Tokenizer.from_pretrained(tmp_path / "m")
+    fast.model = dataclasses.replace(fast.model, config=dataclasses.replace(fast.model.config, eos_token_id=()))
+    options = {"max_new_tokens": 40, "temperature": 1.0, "top_k": 64, "seed": 3}
+    whole = generate(fast, tokenizer, "naïve", **options)
+    assert (len(whole.tokens), whole.stop_reason) == (40, "length")
+    at = next(i for i in range(5, 40) if whole.tokens[i] not in whole.tokens[:i])
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset([whole.tokens[at]]))
+    stopped = generate(fast, tokenizer, "naïve", **options)
+    assert (stopped.stop_reason, stopped.tokens) == ("eos", whole.tokens[: at + 1])
+    monkeypatch.setattr(tokenizer, "stop_ids", frozenset())
+    assert generate(fast, tokenizer, "naïve", **options).tokens == whole.tokens
