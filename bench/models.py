@@ -13,7 +13,7 @@ from gemma4_impl.config import LayerConfig, TextConfig
 from gemma4_impl.generate import bytes_per_token, prefill
 from gemma4_impl.model.decoder import Gemma4
 
-PROMPT, NEW = 128, 32
+PROMPT, NEW = 128, 16
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
