@@ -1,6 +1,6 @@
 // Attention of many queries on Hopper's tensor cores: one warpgroup copies, one computes scores and probabilities, two
-// accumulate the output. Defines: HEAD_DIM 64, 128, 256 or 512; CLUSTER blocks that share K and V by multicast;
-// POSITIONS 1 when the mask comes from position vectors, 0 when query i of T sits at position S - T + i.
+// accumulate the output. Defines: HEAD_DIM 64, 128, 256 or 512; POSITIONS 1 when the mask comes from position vectors, 0
+// when query i of T sits at position S - T + i.
 #include "common.cuh"
 
 #define MEMBER __device__ __forceinline__
@@ -10,7 +10,7 @@ struct alignas(64) TensorMap {
   u8 bytes[128];
 };
 
-constexpr int H = HEAD_DIM, C = CLUSTER;
+constexpr int H = HEAD_DIM;
 constexpr int KEYS = 64;                          // keys of a tile
 constexpr int PARTS = H == 512 ? 1 : 2;           // groups of 64 query rows in a block
 constexpr int COLUMNS = H == 512 ? 256 : H;       // of the output, in one accumulating warpgroup
@@ -45,7 +45,7 @@ struct Arguments {
   i64 q_stride, end_stride;
   float scale;             // log2(e) included
   int batch, heads, kv_heads, queries, keys, tiles, window;
-  int head_step, row_step;  // between the parts of a block, then between the blocks of a cluster
+  int head_step, row_step;  // between the parts of a block; one of them is 0
 };
 
 // What a block works on.
@@ -54,13 +54,12 @@ struct Work {
 };
 
 DEVICE Work work_of(const Arguments& a) {
-  const int together = a.head_step ? PARTS * C : 1, rows = a.row_step ? 64 * PARTS : 64;
-  const int unit = blockIdx.x / C, rank = C == 1 ? 0 : cluster_rank();
+  const int together = a.head_step ? PARTS : 1, rows = a.row_step ? 64 * PARTS : 64, unit = blockIdx.x;
   const int groups = a.heads / together, blocks = (a.queries + rows - 1) / rows;
   const int block = blocks - 1 - unit / (groups * a.batch), rest = unit % (groups * a.batch);
   Work w;
   w.b = rest / groups;
-  w.head = rest % groups * together + rank * PARTS * a.head_step;
+  w.head = rest % groups * together;
   w.kv_head = w.head / (a.heads / a.kv_heads);
   w.row = block * rows;
   return w;
@@ -138,16 +137,6 @@ DEVICE void copy_box(u32 shared, const TensorMap& map, int row, int chunk, int h
       "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(head), "r"(b), "r"(shared_address(barrier))
       : "memory");
 }
-// The same into all blocks of the cluster, where it is counted by their own barriers.
-DEVICE void copy_box_to_all(u32 shared, const TensorMap& map, int row, int chunk, int head, int b, u64* barrier) {
-  if (C == 1) return copy_box(shared, map, row, chunk, head, b, barrier);
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared),
-      "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(head), "r"(b), "r"(shared_address(barrier)),
-      "h"(static_cast<u16>((1 << C) - 1))
-      : "memory");
-}
 DEVICE void store_box(const TensorMap& map, u32 shared, int row, int chunk, int head, int b) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];\n"
@@ -162,15 +151,9 @@ DEVICE void store_matrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
 }
 DEVICE void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// One arrival of this warp in every block of the cluster.
+// One arrival for this warp.
 DEVICE void release(u64* barrier) {
-  if (C == 1) {
-    if (lane_id() == 0) barrier_arrive(barrier);
-  } else if (lane_id() < C) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                     cluster_address(barrier, lane_id()))
-                 : "memory");
-  }
+  if (lane_id() == 0) barrier_arrive(barrier);
 }
 
 DEVICE float exp2_of(float x) {
@@ -205,7 +188,6 @@ struct Producer {
   Work w;
   Ring<K_SLOTS> k;
   Ring<V_SLOTS> v;
-  int rank;
   int values = -1;  // the tile whose values are still to be copied
 
   MEMBER void tile(int tile, bool masked) {
@@ -226,20 +208,13 @@ struct Producer {
     barrier_wait(&s.k_empty[k.slot], k.parity ^ 1);
     s.k_tile[k.slot] = info;
     barrier_expect(&s.k_full[k.slot], SLOT);
-    // Each block of the cluster copies its share to all: chunks first, then keys.
-    constexpr int chunks = K_DIMS / 64, by_chunk = C < chunks ? C : chunks, by_key = C / by_chunk;
-    const int chunk = rank / by_key * (chunks / by_chunk), key = rank % by_key * (KEYS / by_key);
-    copy_box_to_all(shared_address(s.k[k.slot]) + chunk * CHUNK + key * 128, k_map, tile * KEYS + key,
-                    step * chunks + chunk, w.kv_head, w.b, &s.k_full[k.slot]);
+    copy_box(shared_address(s.k[k.slot]), k_map, tile * KEYS, step * (K_DIMS / 64), w.kv_head, w.b, &s.k_full[k.slot]);
     k.next();
   }
   MEMBER void value(int tile, int step) {
     barrier_wait(&s.v_empty[v.slot], v.parity ^ 1);
     barrier_expect(&s.v_full[v.slot], SLOT);
-    constexpr int by_chunk = C < CHUNKS ? C : CHUNKS;
-    const int chunk = rank * (CHUNKS / by_chunk);
-    copy_box_to_all(shared_address(s.v[v.slot]) + chunk * V_KEYS * 128, v_map, tile * KEYS + step * V_KEYS, chunk,
-                    w.kv_head, w.b, &s.v_full[v.slot]);
+    copy_box(shared_address(s.v[v.slot]), v_map, tile * KEYS + step * V_KEYS, 0, w.kv_head, w.b, &s.v_full[v.slot]);
     v.next();
   }
 };
@@ -562,13 +537,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   const int group = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     barrier_init(&s.q_full, 1);
-    for (int i = 0; i < K_SLOTS; ++i) barrier_init(&s.k_full[i], 1), barrier_init(&s.k_empty[i], 4 * C);
-    for (int i = 0; i < V_SLOTS; ++i) barrier_init(&s.v_full[i], 1), barrier_init(&s.v_empty[i], 8 * C);
+    for (int i = 0; i < K_SLOTS; ++i) barrier_init(&s.k_full[i], 1), barrier_init(&s.k_empty[i], 4);
+    for (int i = 0; i < V_SLOTS; ++i) barrier_init(&s.v_full[i], 1), barrier_init(&s.v_empty[i], 8);
     for (int i = 0; i < 2 * PARTS; ++i) barrier_init(&s.p_full[i], 4), barrier_init(&s.p_empty[i], 8 / PARTS);
     barrier_init_fence();
   }
   __syncthreads();
-  if (C > 1) cluster_arrive(), cluster_wait();
   if (group == 0) {
     set_registers<false, 40>();
     if (threadIdx.x < 32) {
@@ -579,7 +553,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                    w.head + part * a.head_step, w.b, &s.q_full);
       }
       __syncwarp();
-      Producer to{s, a, k_map, v_map, w, {}, {}, C == 1 ? 0 : static_cast<int>(cluster_rank())};
+      Producer to{s, a, k_map, v_map, w, {}, {}};
       produce(to);
     }
   } else if (group == 1) {
@@ -590,8 +564,6 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     set_registers<true, 160>();
     accumulate(s, a, w, out_map, group - 2);
   }
-  // A neighbour may still copy into this block's memory, or arrive at its barriers.
-  if (C > 1) cluster_arrive(), cluster_wait();
 }
 
 // Positions of keys as int32, padded to whole tiles, and each tile's range of them: one warp a tile.

@@ -15,8 +15,6 @@ HEAD_DIMS = (64, 128, 256, 512)
 # What prefill.cu fixes: keys of a tile, query rows of a product, threads of a block and bytes of its shared memory.
 _KEYS, _ROWS, _THREADS, _SHARED = 64, 64, 512, 232_448
 _NO_WINDOW = 2**30
-# How many blocks may share the keys and values of a head: the first that divides the group is taken.
-CLUSTERS = {64: (1,), 128: (1,), 256: (1,), 512: (1,)}
 
 
 class _Arguments(ctypes.Structure):
@@ -70,9 +68,9 @@ def prefill(
         return out.zero_()
     window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
 
-    parts, heads = 1 if H == 512 else 2, N // K
-    cluster = next(c for c in CLUSTERS[H] if c == 1 or heads % (parts * c) == 0)
-    together = heads % (parts * cluster) == 0
+    # A block computes `parts` times 64 rows: heads that share a kv head if they pair up, else more rows of one head.
+    parts = 1 if H == 512 else 2
+    together = N // K % parts == 0
     args = _Arguments(
         scale=scale * math.log2(math.e),
         batch=B,
@@ -85,7 +83,7 @@ def prefill(
         head_step=together,
         row_step=0 if together else _ROWS,
     )
-    defines = {"HEAD_DIM": H, "CLUSTER": cluster, "POSITIONS": int(q_positions is not None)}
+    defines = {"HEAD_DIM": H, "POSITIONS": int(q_positions is not None)}
     if q_positions is not None:
         q_positions, ends = _rows(q_positions), None if ends is None else _rows(ends)
         keys, ranges = _key_ranges(_rows(k_positions), args.tiles, defines)
@@ -95,13 +93,13 @@ def prefill(
             args.ends, args.end_stride = ends.data_ptr(), ends.stride(0)
     maps = [
         TensorMap(_boxes(q), (1, 1, H // 64, _ROWS, 64)),
-        TensorMap(_boxes(k), (1, 1, max(1, min(H, 128) // 64 // cluster), _KEYS, 64)),
-        TensorMap(_boxes(v), (1, 1, H // 64 // cluster, min(64, 8192 // H), 64)),
+        TensorMap(_boxes(k), (1, 1, min(H, 128) // 64, _KEYS, 64)),
+        TensorMap(_boxes(v), (1, 1, H // 64, min(64, 8192 // H), 64)),
         TensorMap(_boxes(out), (1, 1, min(H, 256) // 64, _ROWS, 64)),
     ]
     rows = _ROWS if together else _ROWS * parts
     blocks = -(-T // rows) * B * N // (parts if together else 1)
-    kernel(SOURCE, "attend", defines)(blocks, _THREADS, [*maps, args], shared=_SHARED, cluster=cluster)
+    kernel(SOURCE, "attend", defines)(blocks, _THREADS, [*maps, args], shared=_SHARED)
     return out
 
 
