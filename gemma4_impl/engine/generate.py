@@ -9,7 +9,7 @@ import torch
 
 from gemma4_impl.engine.model import PackedModel
 from gemma4_impl.engine.profile import profile
-from gemma4_impl.engine.session import Session
+from gemma4_impl.engine.session import Session, chunk_size
 from gemma4_impl.generate import cache_bytes
 from gemma4_impl.generation import Generation, Interrupted, Prompt, Sampling, Transcript, check_prompt, prompt_ids
 
@@ -83,7 +83,7 @@ def generate(
     tokens, soft = torch.tensor(ids, device=model.device), None
     if processed is not None:
         soft = encoder.merge(tokens[None], encoder.encode(processed), model.dtype)
-        max_chunk = max(max_chunk or 0, soft.longest)
+        max_chunk = max(max_chunk or chunk_size(model.device), soft.longest)
     session = engine.session(max_seq_len or min(len(ids) + max_new_tokens, limit), max_chunk)
     logits = session.prefill(tokens, soft)[None]
     if model.device.type == "cuda":

@@ -23,14 +23,16 @@ class Session:
     def __init__(self, model: PackedModel, batch_size: int = 1, max_seq_len: int = 4096, max_chunk: int | None = None):
         on_gpu = model.device.type == "cuda"
         self.model = model
-        self.cache = KVCache(
-            model.config, batch_size, max_seq_len, max_chunk or (2048 if on_gpu else 512), model.dtype, model.device
-        )
+        chunk = max_chunk or chunk_size(model.device)
+        self.cache = KVCache(model.config, batch_size, max_seq_len, chunk, model.dtype, model.device)
         self.step = Step(model, self.cache)
         self.lengths = [0] * batch_size
         """Tokens in each row's caches, those of steps that run ahead among them."""
-        self._on_gpu = on_gpu
+        self.sampling: Sampling | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        """A step that samples so; None on a CPU, where the step runs as it is."""
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._on_gpu, self._launched = on_gpu, 0
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._drawn = torch.zeros(LAG, batch_size, dtype=torch.long, pin_memory=on_gpu)
         self._events = [torch.cuda.Event() for _ in range(LAG)] if on_gpu else []
@@ -76,7 +78,9 @@ class Session:
     def decode(self, steps: int) -> Iterator[list[int]]:
         """The next token of each row, `steps` times. On a GPU the step that follows has begun when a token comes out,
         so that one more may have been computed than is asked for. Raises ValueError for more steps than there is
-        room for."""
+        room for, and before `start`."""
+        if self.sampling is None:
+            raise ValueError("a session decodes from what `start` drew")
         if max(self.lengths) + steps > self.max_seq_len:
             raise ValueError(f"{steps} more tokens do not fit the cache (max_seq_len = {self.max_seq_len})")
         first, ahead = self._launched, 1 if self._on_gpu else 0
@@ -124,3 +128,8 @@ class Session:
             self._run()
         self._graphs = {key: graph}
         return graph
+
+
+def chunk_size(device: torch.device) -> int:
+    """How many tokens of a prompt to compute at a time by default."""
+    return 2048 if device.type == "cuda" else 512

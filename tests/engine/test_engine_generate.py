@@ -8,6 +8,7 @@ import torch
 from engine_models import NAMES, PROMPT, Quantized, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from gemma4_impl import engine
 from gemma4_impl.engine import Engine, PackedModel, Session
@@ -16,6 +17,7 @@ from gemma4_impl.generation import Sampling
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.model.soft_tokens import SoftTokens
 from gemma4_impl.tokenizer import Tokenizer
+from gemma4_impl.vision.images import ImageEncoder
 from reference.tiny import aligned, make_tiny
 
 
@@ -210,6 +212,8 @@ def test_what_a_session_refuses(loaded):
         session.prefill(torch.tensor([512]))
     with pytest.raises(ValueError, match="past the end"):
         session.prefill(tokens(17))
+    with pytest.raises(ValueError, match="start"):
+        next(session.decode(1))
     session.start(session.prefill(tokens(10))[None])
     with pytest.raises(ValueError, match="7 more tokens do not fit"):
         next(session.decode(7))
@@ -244,3 +248,13 @@ def test_images_in_the_prompt(tiny_images, variant, chunk):
     if variant == "31B":
         with pytest.raises(ValueError, match="max_chunk = 5"):
             Session(fast, 1, 64, max_chunk=5).prefill(ids[0], soft)
+
+
+def test_an_image_from_the_prompt_to_the_text(tiny_images):
+    """The whole way, with the tower, against `generate`."""
+    path = tiny_images("31B")
+    encoder, tokenizer = ImageEncoder.from_pretrained(path), Tokenizer.from_pretrained(path)
+    image = Image.new("RGB", (64, 48), (200, 40, 90))
+    options = {"images": [image], "encoder": encoder, "temperature": 0, "max_new_tokens": 8}
+    expected = generate(Gemma4.from_pretrained(path), tokenizer, "What?", **options)
+    assert engine.generate(Engine.from_pretrained(path), tokenizer, "What?", **options).tokens == expected.tokens
