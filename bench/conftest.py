@@ -59,7 +59,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     """Beside the rows with numbers, those without; single rounds are left out."""
     for bench in output_json["benchmarks"]:
         bench["stats"].pop("data", None)
-        bench["params"] = None
+        for key in ("options", "params", "param"):
+            bench.pop(key, None)
     output_json["unpublished"] = [row.unpublished() for row in _all(config) if row.status != "published"]
 
 
