@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,32 +289,18 @@ def _fill(case: Case, backends: Sequence[Backend], rows: dict[str, Row], enabled
         row.info["times_as_fast_as"] = {o.backend: ratio(row, o) for o in timed_rows if o is not row}
 
 
-class _recorded:  # noqa: N801
-    """Whatever is raised inside is why the row has no number."""
-
-    def __init__(self, row: Row, device: torch.device):
-        self.row, self.device = row, device
-
-    def __enter__(self) -> None:
-        _log.debug("%s, %s", self.row.group, self.row.backend)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+@contextlib.contextmanager
+def _recorded(row: Row, device: torch.device) -> Iterator[None]:
+    """Whatever is raised inside is why the row has no number; what runs on the device may fail after its launch."""
+    _log.debug("%s, %s", row.group, row.backend)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
-        # What runs on the device may fail after it was launched.
         try:
-            timing.synchronize(self.device)
-        except Exception as late:
-            error = error or late
-        self._warnings.__exit__(kind, error, trace)
-        if error is None:
-            return False
-        if not isinstance(error, Exception):
-            return False
-        self.row.status, self.row.reason = "refused", one_line(error)
-        _log.debug("refused: %s", self.row.reason)
-        return True
+            yield
+            timing.synchronize(device)
+        except Exception as error:
+            row.status, row.reason = "refused", one_line(error)
+            _log.debug("refused: %s", row.reason)
 
 
 def _call(backend: Backend, inputs: Any) -> Call:
