@@ -31,6 +31,7 @@ struct Arguments {
   u32* flags;              // [blocks], zero between launches
   float eps, softcap;
   float offset;            // what the tensor cores' 128 + nibble is too much, as a factor of the sum of x
+  int n;                   // rows of one matrix
   int k;                   // columns of x, a multiple of 8
   int tiles_per_block;     // of a row block: ceil(K / 256), twice that if SPLIT
   int row_blocks;          // of one matrix
@@ -134,15 +135,18 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
       __syncwarp();
       if (lane == 0) a.flags[blockIdx.x + 1] = 0;
     }
-    int n = block * ROWS + row;
+    const int slot = EXPERTS ? block / a.row_blocks : 0;
+    int n = (block - slot * a.row_blocks) * ROWS + row;
+    const bool kept = n < a.n && lane < (ACT == 1 ? 8 : ROWS);
+    n += slot * a.n;
     if constexpr (ACT == 1) {
       const float up = __shfl_down_sync(0xffffffffu, y, 8);
       y = gelu(y) * up;
       n = block * 8 + row;
     }
-    if constexpr (ACT == 2) y = gelu(y) * to_float(a.times[n]);
+    if constexpr (ACT == 2) y = gelu(y) * (kept ? to_float(a.times[n]) : 0);
     if constexpr (ACT == 3) y = a.softcap * (1 - 2 / (1 + __expf(2 * y / a.softcap)));
-    if (lane < (ACT == 1 ? 8 : ROWS)) {
+    if (kept) {
       if constexpr (OUT_FLOAT) {
         static_cast<float*>(a.out)[n] = y;
       } else {

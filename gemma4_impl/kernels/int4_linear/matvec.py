@@ -25,7 +25,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "norm", "residual", "post_norm", "scalar")),
         *((name, ctypes.c_uint64) for name in ("residual_out", "times", "experts", "partials", "flags")),
         *((name, ctypes.c_float) for name in ("eps", "softcap", "offset")),
-        *((name, ctypes.c_int32) for name in ("k", "tiles_per_block", "row_blocks", "slots", "x_per_slot")),
+        *((name, ctypes.c_int32) for name in ("n", "k", "tiles_per_block", "row_blocks", "slots", "x_per_slot")),
         *((name, ctypes.c_int32) for name in ("most_tiles", "most_blocks", "stages")),
         *((name, ctypes.c_uint32) for name in ("per_tiles_per_block", "per_stages")),
     ]
@@ -99,6 +99,7 @@ def matvec(
         flags=weight.scratch.data_ptr(),
         eps=eps,
         softcap=softcap or 0.0,
+        n=weight.N,
         k=K,
         tiles_per_block=columns,
         row_blocks=row_blocks,
