@@ -62,7 +62,10 @@ def test_refuses_other_head_dims():
 
 def tensors(B, N, K, T, S, H, seed=0, size=1.0, cache=True) -> tuple[Tensor, Tensor, Tensor]:
     """q as a transposed view; k, v as such views or laid out as a cache. Scores deviate by about `size` squared."""
-    draw = lambda i, *shape: normal(*shape, seed=3 * seed + i, device="cuda")  # noqa: E731
+
+    def draw(i, *shape):
+        return normal(*shape, seed=3 * seed + i, device="cuda")
+
     q = (draw(0, B, T, N, H) * size * H**-0.25).bfloat16().transpose(1, 2)
     if cache:
         k, v = draw(1, B, K, S, H), draw(2, B, K, S, H)
