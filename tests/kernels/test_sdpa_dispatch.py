@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kernel_checks import normal
 from sdpa_cases import Attention, attentions
 
-from gemma4_impl.kernels.sdpa import dispatch, naive
-from gemma4_impl.kernels.sdpa.backends import BACKENDS, Case
+from gemma4_impl.kernels.sdpa import dispatch, naive, tune
+from gemma4_impl.kernels.sdpa.backends import Case
 from gemma4_impl.kernels.sdpa.dispatch import choose, explain, sdpa
 
 GPU = torch.device("cuda", 0)
@@ -150,15 +150,10 @@ def test_bad_input() -> None:
             sdpa(**({"q": q, "k": k, "v": k} | wrong))
 
 
-def test_tables_are_well_formed() -> None:
-    """Every table that comes with the package names known backends, and its shapes can be asked for."""
-    for path in dispatch.TABLES.glob("*.json"):
-        table = json.loads(path.read_text())
-        assert table["device"]
-        assert len(table["capability"]) == 2
-        for entry in table["rows"]:
-            assert entry["ms"]
-            assert set(entry["ms"]) <= set(BACKENDS)
-            assert all(ms > 0 for ms in entry["ms"].values())
-            sizes = {letter: entry[letter] for letter in "BNKHTS"}
-            assert case(**sizes, window=entry["window"], mask=entry["mask"]).op == entry["op"]
+def test_what_tuning_writes_is_found(table) -> None:
+    """Each measured shape finds its own row."""
+    rows = [tune.row_of(tune.case_of(shape), {"triton": 1.0 + i}) for i, shape in enumerate(tune.SHAPES)]
+    table(*json.loads(json.dumps(rows)))
+    for i, shape in enumerate(tune.SHAPES):
+        if "triton" not in choose(tune.case_of(shape)).refused:
+            assert choose(tune.case_of(shape)).times == {"triton": 1.0 + i}, shape

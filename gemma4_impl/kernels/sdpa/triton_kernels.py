@@ -191,7 +191,7 @@ def decode_kernel(
     q_ptrs = q_ptr + b * q_b + n[:, None] * q_n + (r % T)[:, None] * q_t + h[None, :] * q_h
     q = tl.load(q_ptrs, (r[:, None] < GROUP * T) & (h[None, :] < H), 0.0)
     length = tl.load(length_ptr + b * length_b) if HAS_LENGTH else S
-    oldest, newest, turn, count, share = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
+    start, count, share = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
     stop = tl.minimum(split * share + share, count)
     if split * share < stop:
         if HAS_Q_POSITIONS:
@@ -201,6 +201,9 @@ def decode_kernel(
         after = tl.where(window > 0, at - window, -1)
         last = tl.max(at, 0)
         first = tl.maximum(tl.min(tl.where(at >= 0, after, _FAR - 1), 0) + 1, 0)
+        # Slots up to the newest hold positions of this lap of the ring, the others of the one before.
+        newest = (length - 1) % S
+        lap = length - 1 - newest
         row = i.to(tl.int64) if WIDE else i
         k_base = k_ptr + b * k_b + head.to(tl.int64) * k_k
         v_base = v_ptr + b * v_b + head.to(tl.int64) * v_k
@@ -210,17 +213,16 @@ def decode_kernel(
         m = tl.full([BLOCK_R], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+        tiles = tl.cdiv(S, BLOCK_N)
         for t in range(split * share, stop):
-            # Before the turn a slot holds a position of the lap before the newest token's.
-            turned, earlier = (turn > 0) & (t >= turn), t < turn
-            tile = tl.where(turned, t - turn, oldest // BLOCK_N + t) * BLOCK_N
+            tile = start + t
+            tile = tl.where(tile >= tiles, tile - tiles, tile) * BLOCK_N
             slot = tile + i
             if HAS_K_POSITIONS:
                 position = tl.load(k_positions_ptr + b * kp_b + slot.to(tl.int64) * kp_s, slot < S, -1).to(tl.int32)
-                seen = (position >= first) & (position <= last)
             else:
-                position = slot + (length - 1 - newest) - tl.where(earlier, S, 0)
-                seen = (slot >= tl.where(turned, 0, oldest)) & (slot < tl.where(earlier, S, newest + 1))
+                position = tl.where(slot < S, lap + tl.where(slot > newest, slot - S, slot), -1)
+            seen = (position >= first) & (position <= last)
             mask = seen[:, None]
             if H != BLOCK_H:
                 mask = mask & (h[None, :] < H)
@@ -247,22 +249,20 @@ def decode_kernel(
 
 @triton.jit
 def _share(length, T, S, window, splits, BLOCK_N: tl.constexpr, HAS_K_POSITIONS: tl.constexpr):
-    """The slots of the oldest and the newest position to read, the number of tiles up to the end of the ring if they go
-    round it, else 0, that of all tiles, and how many each split takes."""
+    """Of the tiles of slots: the first and how many to read, going round the ring, and how many each split takes."""
     tiles = tl.cdiv(S, BLOCK_N)
-    oldest = 0
-    newest = S - 1
-    turn = 0
-    count = tiles
-    if not HAS_K_POSITIONS:
+    if HAS_K_POSITIONS:
+        start = 0
+        count = tiles
+    else:
         # A ring of S slots has lost what came before its last S positions.
-        oldest = tl.where(window > 0, tl.maximum(length - T - window + 1, 0), 0)
-        oldest = tl.maximum(oldest, length - S) % S
+        first = tl.where(window > 0, tl.maximum(length - T - window + 1, 0), 0)
+        first = tl.maximum(first, length - S) % S
         newest = (length - 1) % S
-        turn = tl.where(oldest > newest, tiles - oldest // BLOCK_N, 0)
-        count = turn + newest // BLOCK_N + 1 - tl.where(turn > 0, 0, oldest // BLOCK_N)
-        count = tl.where(length > 0, count, 0)
-    return oldest, newest, turn, count, tl.cdiv(count, splits)
+        start = first // BLOCK_N
+        count = newest // BLOCK_N - start + 1 + tl.where(first > newest, tiles, 0)
+        count = tl.where(length > 0, tl.minimum(count, tiles), 0)
+    return start, count, tl.cdiv(count, splits)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -277,7 +277,7 @@ def combine_kernel(
     head = tl.program_id(1) // PARTS
     h = tl.program_id(1) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
     length = tl.load(length_ptr + b * length_b) if HAS_LENGTH else S
-    _, _, _, count, share = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
+    _, count, share = _share(length, T, S, window, splits, BLOCK_N, HAS_K_POSITIONS)
     used = tl.cdiv(count, tl.maximum(share, 1))
     heads = tl.num_programs(1) // PARTS
     rows = tl.num_programs(2).to(tl.int64) * heads * splits * (GROUP * T)

@@ -147,6 +147,11 @@ def _measure(shape: dict, backends: list[str]) -> dict:
             continue
         times[name] = round(statistics.median(taken) * 1e3, 5)
     print(f"{_text(shape)}: {times}", flush=True)
+    return row_of(case, times)
+
+
+def row_of(case: Case, times: dict[str, float]) -> dict:
+    """The row of a table: what the case is, and milliseconds by backend."""
     sizes = {letter: getattr(case, letter) for letter in "BNKHTS"}
     return {"op": case.op, "mask": case.mask, "window": case.window, **sizes, "dtype": str(case.dtype)[6:], "ms": times}
 
@@ -164,8 +169,13 @@ def _compile(shape: dict, backends: list[str]) -> None:
                 BACKENDS[name].run(call)
 
 
+def case_of(shape: dict) -> Case:
+    """What `make_call` makes, without making it."""
+    return Case(torch.device("cuda"), torch.bfloat16, 1, **({"window": None} | shape))
+
+
 def _text(shape: dict) -> str:
-    case = Case(torch.device("cuda"), torch.bfloat16, 1, layout="packed", **{"window": None, **shape})
+    case = case_of(shape)
     window = "" if case.window is None else f" window {case.window}"
     return f"{case.op} {case.mask} N={case.N} K={case.K} H={case.H} T={case.T} S={case.S}{window}"
 
