@@ -66,7 +66,7 @@ class Linear:
             and len(x) == 1
             and x.is_cuda
             and x.dtype == torch.bfloat16
-            and (norm is None or can_norm(self.in_features))
+            and ((norm is None and add is None) or can_norm(self.in_features))
         ):
             act = "gelu_mul" if self.gated else None if times is None else "gelu"
             options = {"act": act, "times": times, "softcap": softcap, "alone": alone}

@@ -12,7 +12,7 @@ from gemma4_impl.engine.step import ATTENTION, HEAD, LINEARS, PARTS
 from gemma4_impl.generate import cache_bytes
 
 ROUNDS, RUNS = 9, 3
-GAPS = "launch gaps"
+GAPS = "between them"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Profile:
 
     @property
     def gaps(self) -> float:
-        """Seconds of the whole that are in no part; below 0 where kernels overlap that the parts have one by one."""
+        """Seconds that the whole takes longer than its parts by themselves: launches, and kernels of one part that wait
+        until those of another have left the multiprocessors. Below 0 where they overlap instead."""
         return self.whole.seconds - sum(part.seconds for part in self.parts)
 
     def lines(self) -> list[str]:

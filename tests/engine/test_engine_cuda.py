@@ -65,9 +65,15 @@ def forced(model: PackedModel, ids: Tensor, prompt: int, chunk: int) -> Tensor:
     return torch.stack(logits).double()
 
 
-@pytest.mark.parametrize("recipe", ["default", "compact", None])
-@pytest.mark.parametrize("size", [small, middle])
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize(
+    ("variant", "size", "recipe"),
+    [
+        *((variant, middle, recipe) for variant in NAMES for recipe in ("default", None)),
+        ("31B", middle, "compact"),
+        ("31B", small, "default"),
+        ("E2B", small, "default"),
+    ],
+)
 def test_logits_are_as_accurate_as_the_eager_models(variant, size, recipe):
     """Errors from float64, over all logits: at most twice that of the dense model in bfloat16."""
     config, prompt = size(variant), 150
@@ -81,8 +87,7 @@ def test_logits_are_as_accurate_as_the_eager_models(variant, size, recipe):
     assert error < 2 * allowed
 
 
-@pytest.mark.parametrize("recipe", ["default", None])
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize(("variant", "recipe"), [*((variant, "default") for variant in NAMES), ("31B", None)])
 def test_a_replay_is_the_step_bit_for_bit(variant, recipe):
     model = random_model(middle(variant), "cuda", recipe)
     how = Sampling(temperature=1.0, top_k=40, top_p=0.9, seed=1)
@@ -99,7 +104,7 @@ def test_a_replay_is_the_step_bit_for_bit(variant, recipe):
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize("variant", ["E4B", "26B-A4B"])
 def test_rows_of_a_batch_are_what_they_are_alone(variant):
     """Greedily, in float32, where no rounding decides."""
     model = random_model(small(variant), "cuda", None, dtype=torch.float32)

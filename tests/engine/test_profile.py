@@ -66,7 +66,7 @@ def test_from_the_command_line(tiny):
         "attention",
         "head",
         "sampling",
-        "launch",
+        "between",
         "all",
     ]
     assert lines[-1].startswith("gemma4: prompt ")
