@@ -161,7 +161,8 @@ def _assert_written(cache: Tensor, wanted: Tensor) -> None:
     cache, wanted = cache.nan_to_num().double(), wanted.nan_to_num().double()
     pair = (wanted.square() + wanted.roll(wanted.shape[-1] // 2, dims=-1).square()).sqrt()
     assert bool(((cache - wanted).abs() <= 2**-7 * pair).all())
-    assert float((cache != wanted).double().mean()) < 1e-3
+    B, K, _, H = cache.shape
+    assert int((cache != wanted).sum()) <= B * K * H // 100
 
 
 def _check_fused(

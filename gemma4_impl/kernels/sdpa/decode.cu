@@ -37,6 +37,7 @@ struct Arguments {
   u32* tickets;
   i64 q_row, q_head, q_token, kv_row, kv_head, k_position_row;
   i32 batch, heads, kv_heads, tokens, capacity, window, wide_length, k_eq_v, early;
+  u32 per_head, per_head_inverse;  // clusters that may share the head of a single row, else 0; and 2^32 / that, upwards
   float scale, eps;  // scale includes log2(e)
 };
 
@@ -180,10 +181,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   u32* const is_last = reinterpret_cast<u32*>(received_stats + CLUSTER * ROWS);
   i32* const key_positions = reinterpret_cast<i32*>(is_last + 2);  // [WARPS][SLOTS][TILE], POSITIONS
 
+  if (!FUSED && !a.early) grid_wait();
   const int lane = lane_id(), warp = threadIdx.x / 32, team = warp % TEAMS, group = warp / TEAMS;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-  const int G = a.heads / a.kv_heads, rows = G * a.tokens;
+  Range range = range_of(a, 0);
 
   u64* const my_full = full + team * SLOTS;
   u64* const my_empty = empty + team * SLOTS;
@@ -206,39 +208,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   load_packed(q_weight, a.q_norm);
   if (a.k_norm && warp == 0) load_packed(k_weight, a.k_norm);
 #endif
-  bool waited = false;
+  bool waited = FUSED || a.early ? false : true;
   const auto wait = [&]() {
-    if (!waited) grid_wait(), grid_trigger();
+    if (!waited) grid_wait();
     waited = true;
   };
-  if (!FUSED && !a.early) wait();
 
-  // 1. This cluster's share of the list of (row, kv head, tile).
-  u32 total = 0;
-#pragma unroll 1
-  for (int b = 0; b < a.batch; ++b) total += range_of(a, b).tiles();
-  u32 parts = min(clusters, total * a.kv_heads);
-  if (a.batch == 1 && a.kv_heads <= clusters) {
-    // A kv head is split no further than into a tile for every team.
-    const u32 useful = (total + CLUSTER * TEAMS - 1) / (CLUSTER * TEAMS);
-    parts = a.kv_heads * min(clusters / a.kv_heads, useful);
-  }
-  total *= a.kv_heads;
+  // 1. This cluster's share of the list of (row, kv head, tile): from `at` to `end`
+  const int G = a.heads / a.kv_heads, rows = G * a.tokens;
+  u32 at = 0, end = 0, kv = 0, per_head = 0, parts = 0, total = 0;
   const auto start_of = [&](u32 part) { return total * part / parts; };
-  u32 at = cluster < parts ? start_of(cluster) : 0;
-  const u32 end = cluster < parts ? start_of(cluster + 1) : 0;
+  if (a.per_head) {
+    // Division is slow. A head that gives no team two tiles is not split over clusters, and none gets an empty part.
+    const u32 tiles = range.tiles();
+    per_head = tiles <= CLUSTER * TEAMS || tiles < a.per_head ? 1 : a.per_head;
+    const auto divided = [&](u32 x) { return per_head == 1 ? x : __umulhi(x, a.per_head_inverse); };
+    kv = divided(cluster);
+    const u32 part = cluster - kv * per_head;
+    if (kv < a.kv_heads) at = kv * tiles + divided(tiles * part), end = kv * tiles + divided(tiles * (part + 1));
+  } else {
+#pragma unroll 1
+    for (int b = 0; b < a.batch; ++b) total += range_of(a, b).tiles() * a.kv_heads;
+    parts = min(clusters, total);
+    if (cluster < parts) at = start_of(cluster), end = start_of(cluster + 1);
+  }
 
+  const u32 my_start = at;
   int slot = 0, b = 0;
   u32 phase = 0, received_phase = 0, before = 0;  // before: tiles of the rows before b
-  if (at == end) wait();
+  if (at == end) {
+    wait();
+    grid_trigger();
+  }
   while (at < end) {
-    Range range = range_of(a, b);
 #pragma unroll 1
     while (at >= before + range.tiles() * a.kv_heads) {
       before += range.tiles() * a.kv_heads;
       range = range_of(a, ++b);
     }
-    const u32 tiles = range.tiles(), kv = (at - before) / tiles;
+    const u32 tiles = range.tiles();
+    if (!a.per_head) kv = (at - before) / tiles;
     const u32 item_start = before + kv * tiles, item_end = item_start + tiles;
     const int first = at - item_start, last = min(end, item_end) - item_start;
     const bool nothing = range.hi <= range.lo;
@@ -246,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     bf16* const v = a.v + b * a.kv_row + kv * a.kv_head;
 
     // Tiles are counted from the newest key backwards; the oldest tile repeats the oldest key in front.
-    const int lo_slot = POSITIONS ? 0 : range.lo % a.capacity;
+    const int lo_slot = POSITIONS ? 0 : range.lo < a.capacity ? range.lo : range.lo % a.capacity;
     const int newest_at = FUSED && a.k_norm ? range.hi - 1 : -1;
     const int r0 = group * 8 + lane % 4 * 2;
     int q_at[2], lowest = 0x7fffffff, highest = -1;
@@ -393,6 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       reinterpret_cast<uint4*>(q_rows + i / (H / 8) * PITCH)[i % (H / 8)] = {0, 0, 0, 0};
     }
     __syncthreads();
+    grid_trigger();  // not before: what the next kernel asks for must not delay the queries
     const u8* const my_q = q_rows + (group * 8 + lane % 8) * PITCH + lane / 8 * 16;
     u32 q[Q_IN_REGISTERS ? H / 32 : 1][4];
     if (Q_IN_REGISTERS) {
@@ -481,6 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     float4* const inbox = reinterpret_cast<float4*>(slots + SLOT);  // [CLUSTER][rows][SLICE], PUSH
     if (PUSH) {
       if (threadIdx.x == 0) barrier_expect(received, CLUSTER * rows * (16 * SLICE + 8));
+      __syncwarp();
       cluster_arrive_relaxed();
     }
     if (GROUPS > 1) __syncthreads();
@@ -497,21 +508,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     __syncthreads();
     if (PUSH) cluster_wait();
+    const auto top_of = [&](int row) {
+      float top = NONE;
+#pragma unroll
+      for (int t = 0; t < TEAMS; ++t) top = fmaxf(top, team_m[t * ROWS + row]);
+      return top;
+    };
+    for (int i = threadIdx.x; i < rows * (PUSH ? CLUSTER : 1); i += THREADS) {
+      const int row = PUSH ? i / CLUSTER : i, owner = i % CLUSTER;
+      const float top = top_of(row);
+      float sum = 0;
+#pragma unroll
+      for (int t = 0; t < TEAMS; ++t) sum += exp2f(team_m[t * ROWS + row] - top) * team_l[t * ROWS + row];
+      if (PUSH) {
+        push2(cluster_address(received_stats + rank * ROWS + row, owner), top, sum, cluster_address(received, owner));
+      } else {
+        block_m[row] = top, block_l[row] = sum;
+      }
+    }
     constexpr int BATCH = 4;
     for (int start = threadIdx.x; start < rows * (H / 4); start += BATCH * THREADS) {
       float4 sum[BATCH];
-      float top[BATCH], sum_l[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         const int e = min(start + i * THREADS, rows * (H / 4) - 1), row = e / (H / 4);
-        top[i] = NONE, sum_l[i] = 0, sum[i] = {0, 0, 0, 0};
-#pragma unroll
-        for (int t = 0; t < TEAMS; ++t) top[i] = fmaxf(top[i], team_m[t * ROWS + row]);
+        const float top = top_of(row);
+        sum[i] = {0, 0, 0, 0};
 #pragma unroll
         for (int t = 0; t < TEAMS; ++t) {
-          const float f = exp2f(team_m[t * ROWS + row] - top[i]);
-          sum_l[i] += f * team_l[t * ROWS + row];
-          add_scaled(sum[i], f, *reinterpret_cast<float4*>(sums(t) + row * O_PITCH + e % (H / 4) * 4));
+          const float4 x = *reinterpret_cast<float4*>(sums(t) + row * O_PITCH + e % (H / 4) * 4);
+          add_scaled(sum[i], exp2f(team_m[t * ROWS + row] - top), x);
         }
       }
 #pragma unroll
@@ -520,14 +546,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         if (e >= rows * (H / 4)) break;
         if (PUSH) {
           const int owner = column / SLICE;
-          const u32 barrier = cluster_address(received, owner);
-          push4(cluster_address(inbox + (rank * rows + row) * SLICE + column % SLICE, owner), sum[i], barrier);
-          if (column % SLICE == 0) {
-            push2(cluster_address(received_stats + rank * ROWS + row, owner), top[i], sum_l[i], barrier);
-          }
+          float4* const to = inbox + (rank * rows + row) * SLICE + column % SLICE;
+          push4(cluster_address(to, owner), sum[i], cluster_address(received, owner));
         } else {
           *reinterpret_cast<float4*>(sums(0) + row * O_PITCH + column * 4) = sum[i];
-          if (column == 0) block_m[row] = top[i], block_l[row] = sum_l[i];
         }
       }
     }
@@ -542,12 +564,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
     // 6. The sum over the cluster's blocks
     const bool whole = at == item_start && end >= item_end;
-    const auto part_of = [&](u32 part) { return 2 * part + (start_of(part) < item_start); };
-    const auto sums_of = [&](u32 part) { return reinterpret_cast<float4*>(a.partial) + i64(part_of(part)) * rows * (H / 4); };
-    const auto stats_of = [&](u32 part) {
+    // Places for partial sums: a cluster has one for a head that it begins with, and one for a head that it ends with.
+    const auto sums_of = [&](u32 place) { return reinterpret_cast<float4*>(a.partial) + i64(place) * rows * (H / 4); };
+    const auto stats_of = [&](u32 place) {
       float* const stats = a.partial + i64(2 * clusters) * rows * H;
-      return reinterpret_cast<float2*>(stats) + i64(part_of(part) * CLUSTER + rank) * rows;
+      return reinterpret_cast<float2*>(stats) + i64(place * CLUSTER + rank) * rows;
     };
+    const u32 my_place = 2 * cluster + (at != my_start);
     const auto write = [&](int row, int column, float4 sum, float l) {
       const int head = kv * G + row / a.tokens, t = row % a.tokens;
       const float f = l > 0 ? 1 / l : 0;
@@ -582,16 +605,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       if (whole) {
         write(row, column, sum, sum_l);
       } else {
-        sums_of(cluster)[row * (H / 4) + column] = sum;
-        if (e % SLICE == 0) stats_of(cluster)[row] = {top, sum_l};
+        sums_of(my_place)[row * (H / 4) + column] = sum;
+        if (e % SLICE == 0) stats_of(my_place)[row] = {top, sum_l};
       }
     }
 
     // 7. The sum over clusters: by the last one to arrive, each block its columns
     if (!whole) {
-      u32 c0 = cluster, c1 = cluster + 1;
-      while (start_of(c0) > item_start) --c0;
-      while (c1 < parts && start_of(c1) < item_end) ++c1;
+      u32 c0 = kv * per_head, c1 = c0 + per_head, first_place = 2 * c0;
+      if (!a.per_head) {
+        c0 = cluster, c1 = cluster + 1;
+        while (start_of(c0) > item_start) --c0;
+        while (c1 < parts && start_of(c1) < item_end) ++c1;
+        first_place = 2 * c0 + (start_of(c0) < item_start);
+      }
       u32* const ticket = a.tickets + (b * a.kv_heads + kv) * CLUSTER + rank;
       __syncthreads();
       if (threadIdx.x == 0) *is_last = ticket_taken(ticket) == c1 - c0 - 1;
@@ -608,9 +635,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             float4 x[PARTS];
 #pragma unroll
             for (int i = 0; i < PARTS; ++i) {
-              const u32 part = min(c + i, c1 - 1);
-              stats[i] = __ldcg(stats_of(part) + row);
-              x[i] = __ldcg(sums_of(part) + row * (H / 4) + column);
+              const u32 place = c + i == c0 ? first_place : 2 * min(c + i, c1 - 1);
+              stats[i] = __ldcg(stats_of(place) + row);
+              x[i] = __ldcg(sums_of(place) + row * (H / 4) + column);
             }
             const float old = top;
 #pragma unroll

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ HEAD_DIMS = (64, 128, 256, 512)
 MOST_TOKENS, MOST_ROWS = 8, 64
 _LOG2E = math.log2(math.e)
 _TILE = 16
+_SHARED, _RESERVED = 228 * 1024, 1024
+"""Bytes of shared memory of a multiprocessor, and what each block takes of it beside its own."""
 
 
 class _Arguments(ctypes.Structure):
@@ -26,6 +28,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q_row", "q_head", "q_token", "kv_row", "kv_head", "k_position_row")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "tokens", "capacity", "window")),
         *((name, ctypes.c_int32) for name in ("wide_length", "k_eq_v", "early")),
+        *((name, ctypes.c_uint32) for name in ("per_head", "per_head_inverse")),
         *((name, ctypes.c_float) for name in ("scale", "eps")),
     ]
 
@@ -53,13 +56,17 @@ def split_of(head_dim: int, rows: int, items: int, multiprocessors: int) -> Spli
     """The division for `rows` = G * T query rows of each of `items` = B * K kv heads, on a GPU of so many
     multiprocessors."""
     groups = next(g for g in (1, 2, 4, 8) if rows <= 8 * g)
-    teams = {512: 2, 256: 4}.get(head_dim, 8) if groups == 1 else 8 // groups
-    if head_dim == 512:
-        teams = min(teams, 4)
+    teams = min(8 // groups, 8 if head_dim < 256 else 4)
     slots = {(512, 1): 3, (512, 2): 3, (512, 4): 5, (256, 1): 3}.get((head_dim, groups), max(4, groups))
-    cluster = next((c for c in (8, 4, 2) if items * c <= 128), 1)
-    blocks = multiprocessors * (2 if head_dim == 512 and groups == 1 else 1)
-    return Split(groups, teams, slots, cluster, blocks // cluster)
+    for cluster in (4, 2, 1) if head_dim == 512 and groups == 1 else (8, 4, 2, 1):
+        split = Split(groups, teams, slots, cluster, 1)
+        blocks = min(2, _SHARED // (split.shared_bytes(head_dim, True) + _RESERVED))
+        # The multiprocessors come in groups of 16 or 18, one perhaps of fewer: what is left over fills no cluster.
+        usable = multiprocessors if cluster <= 2 else multiprocessors * 10 // 11
+        clusters = usable * blocks // cluster
+        if items <= clusters:
+            return replace(split, clusters=clusters // items * items)
+    return replace(split, clusters=clusters)
 
 
 def decode(
@@ -236,6 +243,9 @@ def _launch(
     overlap: bool,
     device: torch.device,
 ) -> None:
+    if arguments.batch == 1:
+        arguments.per_head = split.clusters // arguments.kv_heads
+        arguments.per_head_inverse = -(-(2**32) // max(2, arguments.per_head))
     rows = arguments.heads // arguments.kv_heads * arguments.tokens
     sums = 2 * split.clusters * rows * (head_dim + 2 * split.cluster)
     partial, tickets = _workspace(device, _power_of_two(sums), _power_of_two(arguments.batch * arguments.kv_heads * 16))
