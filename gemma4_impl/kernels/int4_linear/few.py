@@ -76,11 +76,10 @@ def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
         return
     main, side = torch.cuda.current_stream(), _side_stream(x.device.index or 0)
     buffers = [torch.empty(step, weight.K, dtype=x.dtype, device=x.device) for _ in range(2)]
-    free = [main.record_event(), None]
+    free = [main.record_event()] * 2
     for number, start in enumerate(range(0, weight.N, step)):
         dense = buffers[number % 2][: min(step, weight.N - start)]
-        if event := free[number % 2] or free[0]:
-            side.wait_event(event)
+        side.wait_event(free[number % 2])
         with torch.cuda.stream(side):
             dequantize(weight, start, dense)
             main.wait_event(side.record_event())
