@@ -121,9 +121,7 @@ class Kernel:
             attributes.append(attribute)
         config.attrs, config.numAttrs = attributes, len(attributes)
         held = [_packed(arg) for arg in args]
-        addresses = (ctypes.c_void_p * len(held))(
-            *(h if isinstance(h, int) else ctypes.addressof(h) for h in held)
-        )
+        addresses = (ctypes.c_void_p * len(held))(*(h if isinstance(h, int) else ctypes.addressof(h) for h in held))
         _checked(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(addresses), 0))
 
     def attribute(self, name: str) -> int:
@@ -192,9 +190,7 @@ def compiled(source: Path, defines: Mapping[str, int | str], arch: str) -> bytes
     path = cache_folder() / "cuda" / f"{source.stem}-{key[:24]}.cubin"
     if path.is_file():
         return path.read_bytes()
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(text, source.name.encode(), 1, [header], [_HEADER.name.encode()])
-    )
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 1, [header], [_HEADER.name.encode()]))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
