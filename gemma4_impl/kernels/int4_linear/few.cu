@@ -35,14 +35,6 @@ DEVICE void widen(u32 word, u32 (&w)[4]) {
   for (int i = 0; i < 4; ++i) w[i] = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
 }
 
-// d = a b, see mma
-DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
-}
-
 // A tile's scales as the tensor cores' A: 16 rows x 8 groups, twice
 DEVICE void scales_as_matrix(const u8* at, u32 (&a)[4]) {
   const int lane = lane_id();
@@ -72,12 +64,6 @@ DEVICE void scales_of(const u8* at, int chunk, float (&s)[2][2]) {
 DEVICE uint2 halves_of(float x, float y) {
   const float high_x = round_bf16(x), high_y = round_bf16(y);
   return {to_bf16x2(high_x, high_y), to_bf16x2(x - high_x, y - high_y)};
-}
-
-DEVICE u32 load_acquire(const u32* p) {
-  u32 x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-  return x;
 }
 
 DEVICE void copy_async(bf16* shared, const bf16* global) {  // 16 bytes
@@ -260,7 +246,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
       __threadfence();
       barrier_of(2, BLOCKS * 32);
       if (threadIdx.x == 0)
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(a.flags + blockIdx.x), "r"(1) : "memory");
+        store_release(a.flags + blockIdx.x, 1);
       continue;
     }
     int reached = end;

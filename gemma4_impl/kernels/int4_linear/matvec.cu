@@ -77,14 +77,6 @@ DEVICE void place(bf16* xs, int column, const uint4& v) {
   }
 }
 
-// d = a b, see mma
-DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
-}
-
 // The bfloat16 numbers 128 + nibble: pairs (k, k + 1) of rows g and g + 8, then (k + 2, k + 3). What is too much is taken
 // from the sums, in float32.
 DEVICE void widen(u32 word, u32 (&a)[4]) {
@@ -97,14 +89,6 @@ DEVICE float gelu(float x) {
   return x / (1 + __expf(-2 * u));
 }
 
-DEVICE u32 load_acquire_global(const u32* p) {
-  u32 x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-  return x;
-}
-DEVICE void store_release_global(u32* p, u32 x) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
-}
 // n / d for n d < 2^32; of d = 1, the 2^32 is 0.
 DEVICE u32 quotient(u32 n, u32 per_d) { return per_d ? __umulhi(n, per_d) : n; }
 
@@ -124,12 +108,12 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
       __syncwarp();
       if (lane == 0) {
         __threadfence();
-        store_release_global(a.flags + blockIdx.x, 1);
+        store_release(a.flags + blockIdx.x, 1);
       }
       continue;
     }
     if (end < (block + 1) * a.tiles_per_block) {
-      while (!load_acquire_global(a.flags + blockIdx.x + 1)) {
+      while (!load_acquire(a.flags + blockIdx.x + 1)) {
       }
       y += __ldcg(a.partials + (blockIdx.x + 1) * ROWS + row);
       __syncwarp();
