@@ -30,7 +30,7 @@ from parity.budget import Check, check, floor
 _log = logging.getLogger(__name__)
 
 _CASE_SECONDS, _FEWEST, _MOST = 0.4, 5, 25
-_LONG_SECONDS, _FEWEST_LONG = 0.5, 3
+_LONG_SECONDS, _FEWEST_LONG = 0.2, 3
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_taps_off(benchmark, tmp_path, size: str, variant: str) -> None:
                     models[name](tokens)
                     times[name].append(time.perf_counter() - start)
 
-        benchmark.pedantic(alternate, rounds=20 if size == "tiny" else 6, warmup_rounds=1)
+        benchmark.pedantic(alternate, rounds=12 if size == "tiny" else 3, warmup_rounds=1)
     ratios = {
         name: statistics.median(a / b for a, b in zip(times[name], times["bare"], strict=True))
         for name in ("ours", "copy")
