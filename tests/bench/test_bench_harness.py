@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -258,7 +259,9 @@ def test_a_run_names_what_it_does_not_publish(tmp_path: Path, ours: bool) -> Non
     out = tmp_path / "run.json"
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-p", "bench.conftest", "--benchmark-only", "-q"]
     command += [f"--benchmark-json={out}", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # In a worker of a parallel run, pytest-benchmark would turn itself off.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == int(ours), done.stdout + done.stderr
     assert "gone: no_such_module_here is not installed" in done.stdout
     assert "square, tiny, off: not in parity" in done.stdout

@@ -15,7 +15,7 @@ from gemma4_impl.kernels.sdpa.triton import DecodeConfig, PrefillConfig
 
 PREFILL = st.sampled_from([PrefillConfig(16, 16), PrefillConfig(32, 16), PrefillConfig(16, 32, v_parts=2)])
 DECODE = st.sampled_from([DecodeConfig(16), DecodeConfig(32, waves=2)])
-few = settings(max_examples=8, deadline=None)
+few = settings(max_examples=4, deadline=None)
 
 
 def run_guarded(case: Attention, run: Callable[[Attention, Tensor], Tensor]) -> None:
@@ -39,7 +39,7 @@ def test_prefill(case: Attention, config: PrefillConfig) -> None:
 
 
 @pytest.mark.parametrize("kind", ["padded", "ring", "shuffled", "images"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.data(), PREFILL, st.booleans())
 def test_prefill_with_positions(kind: str, data: st.DataObject, config: PrefillConfig, keys: bool) -> None:
     """Keys in order need no position vector."""
@@ -111,7 +111,7 @@ def test_large_head_dims(H: int) -> None:
     case.check(triton.decode(q, k, v, scale=case.scale))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 90), st.integers(1, 3), st.none() | st.integers(1, 20), st.booleans())
 def test_decode_reads_only_what_it_sees(length: int, T: int, window: int | None, positions: bool) -> None:
     """NaN in every slot that no query sees: beyond the length, before the window, on a ring too."""

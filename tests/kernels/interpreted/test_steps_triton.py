@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 
 @pytest.mark.parametrize("step", STEPS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_step(step: str, data: st.DataObject) -> None:
     data.draw(STEPS[step](SMALL)).check(triton)
@@ -33,7 +33,7 @@ def test_draw_is_the_definition(dtype: torch.dtype, temperature: float) -> None:
     assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     V=st.sampled_from([1, 3, 200, 1000]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
