@@ -160,6 +160,12 @@ def available(device: int = 0) -> bool:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _kernel(source: Path, name: str, defines: tuple, device: int) -> Kernel:
     module = _module(source, defines, device)
     return Kernel(_checked(_driver().cuModuleGetFunction(module, name.encode())), name)

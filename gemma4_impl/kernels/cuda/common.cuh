@@ -50,11 +50,6 @@ DEVICE float warp_sum(float x) {
   for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
-DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  return x;
-}
 
 // Flags in global memory, by which blocks of threads tell each other what they have written
 
@@ -111,20 +106,6 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// The same for data that is read once: it need not push anything else out of the L2.
-DEVICE u64 evict_first() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-
 // Tensor cores
 
 // d[16, 8] += a[16, 16] b[16, 8] in float32; the layout of the registers is that of PTX's mma.m16n8k16.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gemma4_impl.kernels import cuda
-from gemma4_impl.kernels.int4_linear.tiles import ROWS, Tiles, multiprocessors
+from gemma4_impl.kernels.int4_linear.tiles import Tiles
+from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
@@ -30,7 +31,7 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     M = len(x)
     row_blocks, columns = weight.tiles.shape[-3:-1]
     units = -(-row_blocks // _BLOCKS) * -(-columns // _SPAN)
-    blocks = min(multiprocessors(x.device.index or 0), units)
+    blocks = min(cuda.multiprocessors(x.device), units)
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
     stage = _BLOCKS * _SPAN * weight.tile_bytes + 8 * wide * (_SPAN * codes + 32) * 2
@@ -68,7 +69,7 @@ def dequantize(weight: Tiles, start: int, out: Tensor) -> None:
 
 def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
     """x [M, K] times a matrix -> out [M, N], by slices of rows: one is dequantized while cuBLAS takes another."""
-    step = _slice_rows(len(x), weight, multiprocessors(x.device.index or 0))
+    step = _slice_rows(len(x), weight, cuda.multiprocessors(x.device))
     if step >= weight.N:
         dense = torch.empty(weight.N, weight.K, dtype=x.dtype, device=x.device)
         dequantize(weight, 0, dense)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma4_impl.kernels import cuda
-from gemma4_impl.kernels.int4_linear.tiles import Tiles, multiprocessors
+from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
@@ -16,7 +16,7 @@ _SHARED, _ALONE = 108 << 10, 116 << 10
 """Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and that
 no two blocks of one kernel find."""
 _MOST_TILES = 512
-_ACTS = {None: 0, "gelu_mul": 1, "gelu": 2, "softcap": 3}
+_ACTS = {None: 0, "gelu_mul": 1, "gelu": 2}
 _MOST_NORMED = 8192
 
 
@@ -67,7 +67,7 @@ def matvec(
     slots = 1 if experts is None else len(experts)
     x_rows = x.numel() // K
     tiles = slots * row_blocks * columns
-    wave = multiprocessors(x.device.index or 0)
+    wave = cuda.multiprocessors(x.device)
     blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
     most_tiles = -(-tiles // blocks)
     most_blocks = most_tiles // columns + 2

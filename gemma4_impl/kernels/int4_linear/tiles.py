@@ -1,12 +1,8 @@
-"""What the kernels need to know of a packed weight, and of the GPU."""
+"""What the kernels need to know of a packed weight."""
 
-import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-ROWS, COLUMNS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,3 @@ class Tiles:
     def defines(self) -> dict[str, int]:
         """The macros of the CUDA sources."""
         return {"GROUP": self.group, "ZERO": int(self.has_zero), "SPLIT": int(self.split)}
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

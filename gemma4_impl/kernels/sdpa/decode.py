@@ -113,7 +113,7 @@ def decode(
         out = torch.empty(B, T, N, H, dtype=q.dtype, device=q.device).transpose(1, 2)
     elif out.shape != q.shape or out.dtype != q.dtype or not out.transpose(1, 2).is_contiguous():
         raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, a transposed view of a contiguous [B, T, N, H]")
-    split = split or split_of(H, N // K * T, B * K, _multiprocessors(q.device))
+    split = split or split_of(H, N // K * T, B * K, cuda.multiprocessors(q.device))
     arguments = _Arguments(
         q=q.data_ptr(),
         k=k.data_ptr(),
@@ -192,7 +192,7 @@ def decode_fused(
         raise ValueError(f"out must be bfloat16 [{B}, {N * H}]")
     _check_lengths(position, "position", B)
     _check(qkv.view(B, -1, 1, H), k_cache, v_cache, N // K)
-    split = split or split_of(H, N // K, B * K, _multiprocessors(qkv.device))
+    split = split or split_of(H, N // K, B * K, cuda.multiprocessors(qkv.device))
     arguments = _Arguments(
         q=qkv.data_ptr(),
         k=k_cache.data_ptr(),
@@ -296,8 +296,3 @@ def _workspace(device: torch.device, sums: int, tickets: int) -> tuple[Tensor, T
         torch.empty(sums, dtype=torch.float32, device=device),
         torch.zeros(tickets, dtype=torch.int32, device=device),
     )
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

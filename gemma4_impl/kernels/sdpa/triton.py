@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
+from gemma4_impl.kernels import cuda
 from gemma4_impl.kernels.sdpa.naive import check, empty_out
 from gemma4_impl.kernels.sdpa.triton_kernels import combine_kernel, decode_kernel, prefill_kernel
 
@@ -243,7 +244,7 @@ _DECODE = (
 
 def _splits(q: Tensor, heads: int, S: int, window: int | None, positions: bool, config: DecodeConfig) -> int:
     """Parts into which the keys of each of `heads` kv heads are cut: enough to fill the device."""
-    wanted = max(1, int(_multiprocessors(q.device) * config.waves) // heads)
+    wanted = max(1, int((cuda.multiprocessors(q.device) if q.is_cuda else 4) * config.waves) // heads)
     if _traced(q):
         # S may be a symbol; parts that have nothing to do end at once.
         return wanted
@@ -258,11 +259,6 @@ def _check_numbers(q: Tensor, window: int | None, scale: float) -> None:
         raise ValueError(f"window = {window}: must be at least 1")
     if not scale > 0:
         raise ValueError(f"scale = {scale}: must be positive")
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache
