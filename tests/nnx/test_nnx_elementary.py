@@ -43,7 +43,7 @@ def test_exact_to_two_ulps_and_without_bias(name: str) -> None:
 def test_what_xla_does_on_its_own_would_be_found() -> None:
     if jax.default_backend() != "cpu":
         pytest.skip("the biases are those of XLA's CPU backend")
-    for name in ("tanh of small", "divide by 30", "rsqrt"):
+    for name in ("tanh of small", "divide by 30"):  # rsqrt leans or not by the processor's own instruction
         _, theirs, exact, x = CASES[name]
         assert abs(_errors(theirs, x, exact(x.astype(np.float64)))[1]) > 16 * EPS / np.sqrt(len(x)), name
 

@@ -49,7 +49,7 @@ def test_filters_keep_what_the_torch_sampler_keeps(logits, temperature, top_k, t
         assume(np.abs(p.cumsum() - top_p).min() > V * EPS)
     scores, ids = kept(jnp.array([logits]), temperature, top_k, top_p)
     ids = np.arange(V) if ids is None else np.asarray(ids)[0]
-    expected = torch_sampler._allowed(torch.tensor([logits]), temperature, top_k, top_p)[0].numpy()
+    expected = torch_sampler.allowed(torch.tensor([logits]), temperature, top_k, top_p)[0].numpy()
     assert set(ids[np.asarray(scores)[0] > -INF]) == set(np.flatnonzero(expected & (np.array(logits) > -INF)))
 
 
