@@ -253,10 +253,14 @@ def tracked(items: Sequence[_T], what: str, progress: bool) -> Iterable[_T]:
 def _load_tensor(model: nn.Module, checkpoint: Weights, name: str, dtype: torch.dtype, device: torch.device) -> None:
     if can_pack(model, name) and (weight := checkpoint.quantized(name)) is not None:
         install(model, name, weight, dtype, device)
-        return
+    else:
+        set_tensor(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Makes `tensor` the model's parameter or buffer `name`, whatever that was."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    tensor = checkpoint.tensor(name).to(device=device, dtype=dtype)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
