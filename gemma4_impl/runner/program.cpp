@@ -1,0 +1,271 @@
+#include "program.h"
+
+#include <executorch/extension/tensor/tensor_ptr_maker.h>
+#include <executorch/runtime/backend/interface.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "log.h"
+#include "refused.h"
+
+namespace gemma4 {
+namespace {
+
+namespace fs = std::filesystem;
+using executorch::aten::ScalarType;
+using executorch::extension::from_blob;
+using executorch::extension::Module;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+using executorch::runtime::MethodMeta;
+using executorch::runtime::Result;
+using executorch::runtime::Tag;
+using executorch::runtime::TensorInfo;
+
+constexpr int64_t kMost = int64_t{1} << 31;
+
+// ExecuTorch's error and the first line that it logged about it.
+std::string reason(Error error) {
+  const std::string logged = first_error();
+  const std::string name = to_string(error);
+  return logged.empty() ? name : name + ": " + logged;
+}
+
+std::vector<std::string> data_files(const fs::path& folder) {
+  std::vector<std::string> files;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().extension() == ".ptd") files.push_back(entry.path().string());
+  }
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+std::string program_file(const fs::path& folder) {
+  const fs::path file = folder / "model.pte";
+  std::error_code ignored;
+  if (!fs::is_directory(folder, ignored)) throw Refused(folder.string() + ": no such folder");
+  if (!fs::is_regular_file(file, ignored)) throw Refused(folder.string() + ": has no model.pte; is it an exported program?");
+  return file.string();
+}
+
+std::string join(std::vector<std::string> names) {
+  std::sort(names.begin(), names.end());
+  std::string joined;
+  for (const auto& name : names) joined += (joined.empty() ? "" : ", ") + name;
+  return joined.empty() ? "none" : joined;
+}
+
+std::string describe(const TensorInfo& info) {
+  std::string sizes;
+  for (int32_t size : info.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  return std::string(executorch::runtime::toString(info.scalar_type())) + " [" + sizes + "]";
+}
+
+int64_t elements(const TensorInfo& info) {
+  const auto sizes = info.sizes();
+  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, [](int64_t a, int32_t b) { return a * b; });
+}
+
+bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+template <typename T>
+std::vector<float> floats(const executorch::aten::Tensor& tensor) {
+  const T* data = tensor.const_data_ptr<T>();
+  return std::vector<float>(data, data + tensor.numel());
+}
+
+std::vector<float> to_floats(const executorch::aten::Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::BFloat16) return floats<executorch::aten::BFloat16>(tensor);
+  if (tensor.scalar_type() == ScalarType::Half) return floats<executorch::aten::Half>(tensor);
+  return floats<float>(tensor);
+}
+
+}  // namespace
+
+std::unique_ptr<Program> Program::open(const fs::path& folder, bool lock) {
+  if (lock) {
+    try {
+      return std::unique_ptr<Program>(new Program(folder, true));
+    } catch (const Refused&) {
+      // Either memory cannot be locked, or the next attempt says what is wrong.
+    }
+  }
+  return std::unique_ptr<Program>(new Program(folder, false));
+}
+
+// Arenas are shared because prefill and decode have their caches there: with an arena each, decode would see none.
+Program::Program(const fs::path& folder, bool lock)
+    : path_(program_file(folder)),
+      locked_(lock),
+      module_(path_, data_files(folder), lock ? Module::LoadMode::MmapUseMlock : Module::LoadMode::Mmap, nullptr, nullptr,
+              nullptr, /*share_memory_arenas=*/true) {
+  clear_log();
+  const Error error = module_.load(executorch::runtime::Program::Verification::InternalConsistency);
+  if (error != Error::Ok) refuse("is no ExecuTorch program that this runner can read (" + reason(error) + ")");
+  check_methods();
+}
+
+void Program::refuse(const std::string& why) const { throw Refused(path_ + ": " + why); }
+
+void Program::check_methods() {
+  const auto found = module_.method_names();
+  if (!found.ok()) refuse("does not list its methods (" + reason(found.error()) + ")");
+  single_method_ = found->count("forward") > 0 && found->count("decode") == 0;
+  read_metadata();
+  const std::string decode = single_method_ ? "forward" : "decode";
+  std::vector<std::string> needed = {decode};
+  if (!single_method_ && metadata_.max_prefill_chunk > 1) needed.push_back("prefill");
+  for (const auto& method : needed) {
+    if (found->count(method) == 0) {
+      refuse("has no method " + method + " (it has " + join({found->begin(), found->end()}) + ")");
+    }
+    check_backends(method);
+  }
+  samples_ = check_method(decode, single_method_ ? metadata_.max_prefill_chunk : 1);
+  if (needed.size() == 2) {
+    check_method("prefill", metadata_.max_prefill_chunk);
+    check_caches();
+  }
+  for (const auto& method : needed) {
+    clear_log();
+    const Error error = module_.load_method(method);
+    if (error != Error::Ok) refuse(method + " cannot be loaded (" + reason(error) + ")");
+  }
+}
+
+void Program::read_metadata() {
+  metadata_.max_seq_len = constant("get_max_seq_len", 1, kMost);
+  metadata_.max_prefill_chunk = constant("get_max_prefill_chunk", 1, metadata_.max_seq_len);
+  metadata_.vocab_size = constant("get_vocab_size", 1, kMost);
+  metadata_.bos_id = constant("get_bos_id", 0, metadata_.vocab_size - 1);
+  metadata_.eos_ids = constants("get_eos_ids");
+  if (metadata_.eos_ids.empty()) refuse("get_eos_ids is empty: generation would never end");
+  for (int64_t id : metadata_.eos_ids) {
+    if (id < 0 || id >= metadata_.vocab_size) {
+      refuse("get_eos_ids has " + std::to_string(id) + ", outside the vocabulary of " + std::to_string(metadata_.vocab_size));
+    }
+  }
+  if (constant("use_kv_cache", 0, 1) == 0) refuse("use_kv_cache is 0: only programs with caches can be run");
+}
+
+std::vector<int64_t> Program::constants(const std::string& name) {
+  clear_log();
+  const Result<MethodMeta> meta = module_.method_meta(name);
+  if (!meta.ok()) refuse("has no constant " + name);
+  if (meta->num_inputs() > 0) refuse(name + " is no constant: it takes inputs");
+  const auto values = module_.execute(name);
+  if (!values.ok()) refuse(name + " cannot be read (" + reason(values.error()) + ")");
+  std::vector<int64_t> integers;
+  for (const EValue& value : *values) {
+    if (!value.isInt() && !value.isBool()) refuse(name + " is no integer");
+    integers.push_back(value.isInt() ? value.toInt() : int64_t{value.toBool()});
+  }
+  return integers;
+}
+
+int64_t Program::constant(const std::string& name, int64_t least, int64_t most) {
+  const std::vector<int64_t> values = constants(name);
+  if (values.size() != 1) refuse(name + " has " + std::to_string(values.size()) + " values, not one");
+  if (values[0] < least || values[0] > most) {
+    refuse(name + " is " + std::to_string(values[0]) + ", but must be from " + std::to_string(least) + " to " + std::to_string(most));
+  }
+  return values[0];
+}
+
+// Shapes are those of the largest inputs.
+bool Program::check_method(const std::string& method, int64_t tokens) {
+  const auto meta = module_.method_meta(method);
+  if (!meta.ok()) refuse(method + " cannot be read (" + reason(meta.error()) + ")");
+  const std::string names[] = {"tokens", single_method_ ? "input_pos" : "positions"};
+  if (meta->num_inputs() != 2) {
+    refuse(method + " takes " + std::to_string(meta->num_inputs()) + " inputs, not " + names[0] + " and " + names[1]);
+  }
+  for (size_t i = 0; i < 2; ++i) {
+    const bool vector = single_method_ && i == 1;
+    const auto tag = meta->input_tag(i);
+    if (!tag.ok() || *tag != Tag::Tensor) refuse(method + ": " + names[i] + " is no tensor");
+    const auto info = meta->input_tensor_meta(i);
+    if (!info.ok()) refuse(method + ": " + names[i] + " cannot be read (" + reason(info.error()) + ")");
+    const auto sizes = info->sizes();
+    const bool fits = vector ? sizes.size() == 1 && sizes[0] == 1 : sizes.size() == 2 && sizes[0] == 1 && sizes[1] == tokens;
+    if (info->scalar_type() != ScalarType::Long || !fits) {
+      refuse(method + ": " + names[i] + " is " + describe(*info) + ", not Long " + (vector ? "[1]" : "[1, " + std::to_string(tokens) + "]") +
+             (tokens > 1 && !vector ? ", which get_max_prefill_chunk promises" : ""));
+    }
+  }
+  if (meta->num_outputs() != 1) refuse(method + " returns " + std::to_string(meta->num_outputs()) + " values, not one");
+  const auto tag = meta->output_tag(0);
+  if (!tag.ok() || *tag != Tag::Tensor) refuse(method + " returns no tensor");
+  const auto info = meta->output_tensor_meta(0);
+  if (!info.ok()) refuse(method + ": its output cannot be read (" + reason(info.error()) + ")");
+  if (info->scalar_type() == ScalarType::Long && elements(*info) == 1) return true;
+  if (!is_float(info->scalar_type()) || elements(*info) != metadata_.vocab_size) {
+    refuse(method + " returns " + describe(*info) + ", neither one token nor the logits of get_vocab_size = " +
+           std::to_string(metadata_.vocab_size) + " ids");
+  }
+  return false;
+}
+
+void Program::check_backends(const std::string& method) {
+  const auto meta = module_.method_meta(method);
+  if (!meta.ok()) refuse(method + " cannot be read (" + reason(meta.error()) + ")");
+  for (size_t i = 0; i < meta->num_backends(); ++i) {
+    const auto name = meta->get_backend_name(i);
+    if (!name.ok()) refuse(method + ": a backend has no name");
+    const auto* backend = executorch::runtime::get_backend_class(*name);
+    if (backend == nullptr) refuse(method + " needs the backend " + *name + ", which this runner does not have");
+    if (!backend->is_available()) refuse(method + " needs the backend " + *name + ", which does not work on this machine");
+  }
+}
+
+// Caches that the runtime plans are in the arenas after the first, and the methods must agree about them. Backends with
+// state of their own have none there.
+void Program::check_caches() {
+  const auto arenas = [&](const std::string& method) {
+    const auto meta = module_.method_meta(method);
+    std::vector<int64_t> sizes;
+    for (size_t i = 1; meta.ok() && i < meta->num_memory_planned_buffers(); ++i) {
+      const auto size = meta->memory_planned_buffer_size(i);
+      sizes.push_back(size.ok() ? *size : -1);
+    }
+    return sizes;
+  };
+  const auto prefill = module_.method_meta("prefill");
+  const bool own_state = prefill.ok() && prefill->uses_backend("CudaBackend");
+  const auto sizes = arenas("prefill");
+  if (!own_state && (sizes.empty() || sizes != arenas("decode"))) {
+    refuse("prefill and decode do not share their caches; export it with share_mutable_buffers");
+  }
+}
+
+Next Program::run(const std::vector<int64_t>& tokens, int64_t position) {
+  const int32_t count = static_cast<int32_t>(tokens.size());
+  std::vector<int64_t> ids = tokens;
+  std::vector<int64_t> positions(single_method_ ? 1 : tokens.size());
+  std::iota(positions.begin(), positions.end(), position);
+  const auto ids_tensor = from_blob(ids.data(), {1, count}, ScalarType::Long);
+  const auto positions_tensor = single_method_ ? from_blob(positions.data(), {1}, ScalarType::Long)
+                                               : from_blob(positions.data(), {1, count}, ScalarType::Long);
+  const std::string method = single_method_ ? "forward" : count == 1 ? "decode" : "prefill";
+  clear_log();
+  const auto outputs = module_.execute(method, {EValue(ids_tensor), EValue(positions_tensor)});
+  const std::string where = method + " at position " + std::to_string(position);
+  if (!outputs.ok()) throw std::runtime_error(where + " failed (" + reason(outputs.error()) + ")");
+  const auto& tensor = (*outputs)[0].toTensor();
+  Next next;
+  if (tensor.scalar_type() == ScalarType::Long) {
+    next.token = tensor.const_data_ptr<int64_t>()[0];
+    if (*next.token < 0 || *next.token >= metadata_.vocab_size) {
+      throw std::runtime_error(where + " drew " + std::to_string(*next.token) + ", which is no token: the logits may be NaN");
+    }
+  } else {
+    next.logits = to_floats(tensor);
+  }
+  return next;
+}
+
+}  // namespace gemma4
