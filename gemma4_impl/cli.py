@@ -85,18 +85,38 @@ def cli() -> None:
     """Gemma 4: run it, convert it, and check that it is the same model."""
 
 
+def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What to continue, as `generate` and `run` take it."""
+    for option in (
+        click.option(
+            "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Shown first.  Repeatable."
+        ),
+        click.option("--tokens", help="Token ids to continue instead of a prompt, such as 2,105,9259."),
+        click.option("--prompt", help="What to say to the model; '-' reads stdin."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How to continue it."""
+    for option in (
+        click.option("--seed", type=int, help="Same seed, same text.  [default: a new one each time]"),
+        click.option("--top-p", type=float, default=0.95, help="1 turns it off."),
+        click.option("--top-k", type=int, default=64),
+        click.option("--temperature", type=float, default=1.0, help="0 is greedy."),
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=256),
+        click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template."),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command("generate")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--prompt", help="What to say to the model; '-' reads stdin.")
-@click.option("--tokens", help="Token ids to continue instead of a prompt, such as 2,105,9259.")
-@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="Shown first.  Repeatable.")
+@prompt_options
 @click.option("--mmproj", type=click.Path(path_type=Path, dir_okay=False), help="GGUF file with its vision tower.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
-@click.option("--temperature", type=float, default=1.0, help="0 is greedy.")
-@click.option("--top-k", type=int, default=64)
-@click.option("--top-p", type=float, default=0.95, help="1 turns it off.")
-@click.option("--seed", type=int, help="Same seed, same text.  [default: a new one each time]")
+@sampling_options
 @click.option("--dtype", type=click.Choice(DTYPES), help="[default: the checkpoint's]")
 @click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cuda if there is one, else cpu]")
 @click.option("--backend", type=click.Choice(("torch", "jax")), default="torch", help="What computes it.")
@@ -126,15 +146,13 @@ def generate_command(
 
     The text goes to stdout as it comes, one line with the speed to stderr.
     """
-    if (prompt is None) == (tokens is None):
-        raise click.UsageError("Give either --prompt or --tokens", click.get_current_context())
     if mesh is not None and backend != "jax":
         raise click.UsageError("--mesh needs --backend jax", click.get_current_context())
     if profile and backend != "torch":
         raise click.UsageError("--profile needs --backend torch", click.get_current_context())
-    what = read_prompt(prompt) if tokens is None else parse_tokens(tokens)
+    what = prompt_or_tokens(prompt, tokens)
 
-    from gemma4_impl.generation import Interrupted, Sampling
+    from gemma4_impl.generation import Sampling
 
     # What is wrong should come to light before minutes of loading.
     Sampling(temperature, top_k, top_p, seed)
@@ -145,27 +163,37 @@ def generate_command(
         generate = open_jax(checkpoint, tower, dtype, device, mesh, progress)
     else:
         generate = open_torch(checkpoint, tower, dtype, device, progress, profile)
+    show_generation(
+        generate,
+        what,
+        stats_line,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=not raw,
+        max_seq_len=max_seq_len,
+        images=images,
+    )
+
+
+def show_generation(
+    generate: Callable[..., "Generation"], what: str | list[int], stats: Callable[["Generation"], str], **options: Any
+) -> None:
+    """Runs `generate(what, **options)`, its text to stdout as it comes, `stats` of it to stderr. Ctrl-C exits 130."""
+    from gemma4_impl.generation import Interrupted
+
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        result = generate(
-            what,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            chat=not raw,
-            stream=lambda text: click.echo(text, nl=False),
-            max_seq_len=max_seq_len,
-            images=images,
-        )
+        result = generate(what, stream=lambda text: click.echo(text, nl=False), **options)
     except Interrupted as interrupted:
         click.echo()
-        click.echo(stats_line(interrupted.generation), err=True)
+        click.echo(stats(interrupted.generation), err=True)
         click.get_current_context().exit(130)
     click.echo()
-    click.echo(stats_line(result), err=True)
+    click.echo(stats(result), err=True)
 
 
 def open_torch(
@@ -217,6 +245,13 @@ def read_prompt(prompt: str, option: str = "--prompt") -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} -: stdin is not UTF-8 text (byte {error.start})") from None
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def prompt_or_tokens(prompt: str | None, tokens: str | None) -> str | list[int]:
+    """What was given of the two. Raises UsageError unless it is one of them, and as they do."""
+    if (prompt is None) == (tokens is None):
+        raise click.UsageError("Give either --prompt or --tokens", click.get_current_context())
+    return read_prompt(prompt) if tokens is None else parse_tokens(tokens)
 
 
 def parse_tokens(text: str) -> list[int]:

@@ -78,6 +78,19 @@ class Tokenizer:
             )
         return cls(backend, _special_tokens(config), _chat_template(path, config), stop, str(path))
 
+    def save(self, folder: Path) -> None:
+        """Writes what `from_pretrained` reads: tokenizer.json, tokenizer_config.json, generation_config.json and, if
+        there is a chat template, chat_template.jinja."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        files: dict[str, dict[str, Any]] = {
+            "tokenizer_config.json": self.special_tokens,
+            "generation_config.json": {"eos_token_id": sorted(self.stop_ids)},
+        }
+        for name, value in files.items():
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
 
