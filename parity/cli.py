@@ -210,11 +210,12 @@ def compare_command(candidate: Path, reference: Path, truth: Path | None) -> Non
 @click.option(
     "--candidate",
     "candidates",
-    metavar="torch|jax|quantized:DIR|gguf:FILE",
+    metavar="torch|jax|quantized:DIR|gguf:FILE|pte:DIR",
     multiple=True,
     help="Repeatable. DIR or FILE was made from the CHECKPOINT, which may be left out. Instead of DIR a recipe, such "
-    "as quantized:default, makes one; without a CHECKPOINT, gguf:Q4_K_M makes a tiny FILE.  [default: torch; without "
-    "a CHECKPOINT one of each]",
+    "as quantized:default, makes one; without a CHECKPOINT, gguf:Q4_K_M makes a tiny FILE. pte:DIR is an exported "
+    "program, whose CHECKPOINT may also be quantized or a GGUF file; pte:xnnpack and pte:mlx export one.  [default: "
+    "torch; without a CHECKPOINT one of each but pte]",
 )
 @click.option("--reference", type=click.Choice(("hf", "jax")), default="hf", help="jax: ours, for --candidate torch.")
 @click.option("--dtype", "dtypes", type=click.Choice(DTYPES[:2]), multiple=True, help="Repeatable.  [default: both]")
@@ -245,8 +246,8 @@ def parity_command(
     """Prove the model in each of CHECKPOINTS, tap by tap; without any, tiny ones of every variant.
 
     Our models, torch and jax, if both are candidates, and the reference are also shown beside each other. A quantized
-    candidate's error is split in three: what quantizing costs, what our reading of the file adds, and what packing
-    adds; the last two are judged.
+    candidate's error is split in three: what quantizing costs, what our reading of the file adds, and what packing,
+    or exporting, adds; the last two are judged. A program is judged in its own dtype, through its own caches.
     Exit code 0: everything is in budget; 1: something is not; 2: bad input. Writes report.html and report.json.
     """
     _need_transformers()
@@ -254,28 +255,32 @@ def parity_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from parity import engine, report
+    from parity import engine, exported, report
     from parity import images as with_images
     from parity.targets import Targets, default_paths, implementations, targets
-    from parity.tasks import gradient_tasks, plain_tasks, processes_for, quantized_tasks, run_tasks
+    from parity.tasks import gradient_tasks, plain_tasks, processes_for, program_tasks, quantized_tasks, run_tasks
 
     if images and (stream or set(candidates) - set(engine.CANDIDATES)):
-        raise ValueError("--image: not with --stream or a quantized candidate; only our own models, loaded whole, run")
+        raise ValueError("--image: only with our own models, torch and jax, and without --stream")
     if reference == "jax" and (stream or set(candidates) - set(engine.CANDIDATES)):
-        raise ValueError("--reference jax: not with --stream or a quantized candidate; it runs plain checkpoints whole")
+        raise ValueError(
+            "--reference jax: only for --candidate torch, without --stream; it runs plain checkpoints whole"
+        )
     if grad and (stream or paths or reference == "jax" or set(candidates) - set(engine.CANDIDATES)):
-        raise ValueError("--grad: not with --stream, --path, --reference jax or a quantized candidate")
+        raise ValueError("--grad: only for our own models, torch and jax, without --stream, --path and --reference jax")
+    programs = bool(candidates) and all(value.startswith("pte:") for value in candidates)
     where, default = resolve_device(device), not (checkpoints or candidates or images) and reference == "hf"
     ours, without_jax = implementations(candidates, reference, where, default or grad)
     for path in checkpoints:
         # What is wrong with the second checkpoint should not come to light after an hour on the first.
-        _check_checkpoint(path, tokens, prompt, length, images)
+        _check_checkpoint(path, tokens, prompt, length, images, programs)
     with tempfile.TemporaryDirectory(prefix="gemma4-parity-") as folder:
         named = dict(zip(_labels(checkpoints), checkpoints, strict=True))
         if images:
             wanted, shown = Targets({}, []), with_images.labelled(named or with_images.tiny_checkpoints(Path(folder)))
         else:
             wanted, shown = targets(ours if grad or reference == "jax" else candidates, named, Path(folder)), {}
+        program_paths = exported.check(wanted.programs, dtypes, paths)
         if not checkpoints:
             # On models this small two threads mostly wait for each other.
             torch.set_num_threads(1)
@@ -295,6 +300,7 @@ def parity_command(
             tasks = plain_tasks(wanted.plain, sequences, dtypes, through, where, stream, (), reference)
             tasks += plain_tasks(shown, sequences, dtypes, shown_through, where, stream, drawn, reference)
             tasks += quantized_tasks(wanted.quantized, sequences, dtypes, paths, where, stream)
+            tasks += program_tasks(wanted.programs, sequences, program_paths, where, stream)
         many = 1 if checkpoints else processes_for(where)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
@@ -330,22 +336,27 @@ def _sequence(
 
 
 def _check_checkpoint(
-    path: Path, tokens: str | None, prompt: str | None, length: int | None, images: tuple[Path, ...]
+    path: Path,
+    tokens: str | None,
+    prompt: str | None,
+    length: int | None,
+    images: tuple[Path, ...],
+    programs: bool,
 ) -> None:
     import torch
 
-    from gemma4_impl.checkpoint import Checkpoint, check_fits
+    from gemma4_impl.checkpoint import check_fits, open_checkpoint
     from gemma4_impl.config import TextConfig
     from gemma4_impl.model.decoder import Gemma4
     from parity.images import place
     from parity.quantized import quantized_at
 
-    if quantized := quantized_at(path):
+    if not programs and (quantized := quantized_at(path)):
         raise ValueError(
             f"{path}: is quantized; give it as --candidate {quantized.kind}:{path}, and as CHECKPOINT the one that it "
             "was made from, if you have it"
         )
-    checkpoint, config = Checkpoint(path), TextConfig.from_file(path)
+    checkpoint, config = open_checkpoint(path), TextConfig.from_file(path)
     with torch.device("meta"):
         check_fits(Gemma4(config), checkpoint)
     place(path, _sequence(config, path, tokens, prompt, length), images)

@@ -110,9 +110,9 @@ class Comparison:
 
     @property
     def only_accumulated(self) -> bool:
-        """Red, but by no error that was created at any one tap."""
+        """Red, but by no error that is known to have been created at any one tap."""
         others = any((not self.taps, self.missing, self.partial, self.bugs))
-        return self.red and not others and all(t.created is False for t in self.taps if t.red)
+        return self.red and not others and not any(t.created for t in self.taps if t.red)
 
     @property
     def first_divergence(self) -> Divergence | None:

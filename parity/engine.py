@@ -84,7 +84,7 @@ class Baseline:
             self.draws.append({name: position_errors(taps[name], self.truth[name]) for name in taps})
 
 
-_DRAWS = (4, 32)
+DRAWS = (4, 32)
 """How often the reference is run with its embedding moved by one roundoff, up or down at random: always, and before
 an error that only accumulated is called red."""
 
@@ -99,6 +99,9 @@ def baseline(
     weights: Source | None = None,
     images: ProcessedImages | None = None,
     reference: str = "hf",
+    routing: Taps | None = None,
+    activations: Collection[str] = (),
+    local: bool = True,
 ) -> Baseline:
     """Runs the reference: in float64 for the truth, then in `dtype`, free and with the truth forced into every tap.
 
@@ -107,22 +110,25 @@ def baseline(
     with `stream`, which would read the weights for each chunk). One copy of the model is held at a time; the float64
     one is the largest (8 bytes a parameter). With `stream` it is one layer, or the output head, of it. `weights` are
     used in place of the checkpoint's own. `images` stand at the image tokens; they take a checkpoint's own weights,
-    without `stream`.
+    without `stream`. `routing` is whose choices of experts the truth follows, by default its own; `activations` are the
+    weights whose inputs are quantized (`HFReference`); without `local` no truth is forced into the references.
     Raises ValueError for `stream` or `weights` with the reference `jax`, which has neither."""
     # Metal has no float64.
     where = "cpu" if torch.device(device).type == "mps" else device
-    own: dict[str, Any] = {"stream": stream, "weights": weights} if reference == "hf" else {}
+    own: dict[str, Any] = {}
+    if reference == "hf":
+        own = {"stream": stream, "weights": weights, "activations": activations}
     if reference == "jax" and (stream or weights is not None):
         raise ValueError("--reference jax: runs the weights of a plain checkpoint, held in memory whole")
     model = open_reference(reference, checkpoint, dtype, truth=True, device=where, **own)
     config = model.config
-    truth = model.capture([tokens], images=images)
+    truth = model.capture([tokens], images=images, routing=routing)
     forced = {name: value for name, value in truth.items() if model.forceable(name)}
-    routing = routing_of(truth, config.top_k_experts)
+    routing = routing_of(truth, config.top_k_experts) if routing is None else routing
     del model
     gc.collect()
     model = open_reference(reference, checkpoint, dtype, device=device, **own)
-    free, local = [], []
+    free, created = [], []
     first = _ATTENTIONS[reference][0]
     cached = [] if stream else dict.fromkeys(_CHUNKS[path] for path in paths if path in _CHUNKS)
     runs = [(attention, ()) for attention in _ATTENTIONS[reference]] + [(first, chunks) for chunks in cached]
@@ -130,10 +136,11 @@ def baseline(
         model.use(attention)
         run = {"routing": routing, "chunks": chunks, "images": images}
         free.append(model.capture([tokens], **run))
-        local.append(model.capture([tokens], forced=forced, **run))
-    base = Baseline(dtype, config, list(tokens), truth, free, local, forced, routing, images, reference=reference)
+        if local:
+            created.append(model.capture([tokens], forced=forced, **run))
+    base = Baseline(dtype, config, list(tokens), truth, free, created, forced, routing, images, reference=reference)
     base.open = lambda: open_reference(reference, checkpoint, dtype, device=device, **own)
-    base.draw(_DRAWS[0], model)
+    base.draw(DRAWS[0], model)
     return base
 
 
@@ -174,17 +181,17 @@ def judge(candidate: Any, base: Baseline, path: str) -> Comparison:
             draws=base.draws,
             top_k=base.config.top_k_experts,
             errors=base.errors,
-            may_be_partial=lambda name: path == "generate" and _after_the_cache(name, base.config),
+            may_be_partial=lambda name: path == "generate" and after_the_cache(name, base.config),
         )
 
     result = verdict()
-    if result.only_accumulated and len(base.draws) < _DRAWS[1]:
-        base.draw(_DRAWS[1])
+    if result.only_accumulated and len(base.draws) < DRAWS[1]:
+        base.draw(DRAWS[1])
         result = verdict()
     return result
 
 
-def _after_the_cache(name: str, config: TextConfig) -> bool:
+def after_the_cache(name: str, config: TextConfig) -> bool:
     """Whether prefill computes this tap for the last position of a prompt only."""
     layer = name.split(".")[1] if name.startswith("layers.") else None
     return name in ("norm", "logits") or (layer is not None and int(layer) >= config.first_kv_shared_layer)

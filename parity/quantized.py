@@ -122,6 +122,10 @@ class Split:
     """Stage B."""
     packed: list[Case] = field(default_factory=list)
     """Stage C."""
+    activations: Damage | None = None
+    """Of an exported program that rounds activations: what that costs. The truth of its stage C rounds them as well."""
+    program: str | None = None
+    """What an exported program was made for, if that is what stage C ran."""
 
     @property
     def cases(self) -> list[Case]:
@@ -246,10 +250,16 @@ def steps(dtypes: Sequence[str], paths: Sequence[str]) -> int:
     return 2 + len({"float32", *dtypes}) + len(dtypes) * len(paths)
 
 
-def damage(original: Path, base: Baseline, device: torch.device | str = "cpu", stream: bool = False) -> Damage:
-    """Stage A, with the truth of `base` on the dequantized weights."""
+def damage(
+    original: Path,
+    base: Baseline,
+    device: torch.device | str = "cpu",
+    stream: bool = False,
+    weights: Source | None = None,
+) -> Damage:
+    """Stage A, with the truth of `base` on the dequantized weights; or, on `weights`, what else `base` does to them."""
     where = "cpu" if torch.device(device).type == "mps" else device
-    reference = HFReference(original, base.dtype, truth=True, device=where, stream=stream)
+    reference = HFReference(original, base.dtype, truth=True, device=where, stream=stream, weights=weights)
     truth = reference.capture([base.tokens])
     local = reference.capture([base.tokens], routing=base.routing, forced=base.forced)
     theirs = routing_of(truth, base.config.top_k_experts)

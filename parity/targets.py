@@ -1,20 +1,23 @@
-"""What a parity run is to check: checkpoints with our models, and quantized candidates made from them."""
+"""What a parity run is to check: checkpoints with our models, and quantized candidates and programs made from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from gemma4_impl.checkpoint import check_fits, is_quantized
+from gemma4_impl.checkpoint import check_fits, is_quantized, open_checkpoint
 from gemma4_impl.config import VARIANTS
 from gemma4_impl.errors import one_line
+from gemma4_impl.export.folder import BACKENDS, open_folder
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.recipe import RECIPES, load_recipe
 from parity import PATHS
 from parity import images as with_images
+from parity.candidate import RAGGED
 from parity.engine import CANDIDATES
+from parity.exported import Program
 from parity.quantized import KINDS, Quantized, Target, check_same_architecture
 from reference.tiny import TINY, aligned, make_tiny
 
@@ -22,21 +25,28 @@ _DEMONSTRATED = (("E2B", "quantized:default", "torchao"), ("26B-A4B", "gguf:Q4_K
 """What is checked beside our model on the tiny checkpoints if nothing is asked for, where the package is installed."""
 
 
+_PROGRAM = "pte"
+
+
 @dataclass(frozen=True)
 class Targets:
     plain: dict[str, Path]
     """Label -> folder of the checkpoints that our models are checked on as they are."""
     quantized: list[Target]
+    programs: list[Program] = field(default_factory=list)
 
 
 def targets(candidates: Sequence[str], checkpoints: Mapping[str, Path], folder: Path) -> Targets:
-    """`candidates` are `torch`, `jax`, `quantized:DIR`, `quantized:RECIPE`, `gguf:FILE` and `gguf:TYPE`; what is only
-    named by a recipe or type is made in `folder`, of `checkpoints` (label -> folder) or, if there are none, of tiny
-    ones.
+    """`candidates` are `torch`, `jax`, `quantized:DIR`, `quantized:RECIPE`, `gguf:FILE`, `gguf:TYPE`, `pte:DIR` and
+    `pte:BACKEND`; what is only named by a recipe, type or backend is made in `folder`, of `checkpoints` (label ->
+    folder) or, if there are none, of tiny ones. A program's source is that checkpoint or quantized candidate whose
+    fingerprint its manifest has.
 
     Raises ValueError for one that is unknown or fits no checkpoint, and what opening the files raises."""
     parsed = [_parse(value) for value in candidates if value not in CANDIDATES]
     ours = not candidates or len(parsed) < len(candidates)
+    exported = [name for kind, name in parsed if kind == _PROGRAM]
+    parsed = [(kind, name) for kind, name in parsed if kind != _PROGRAM]
     plain = dict(checkpoints) if ours else {}
     found = []
     if not checkpoints:
@@ -53,7 +63,9 @@ def targets(candidates: Sequence[str], checkpoints: Mapping[str, Path], folder: 
             found += [_made(label, path, kind, name, folder) for label, path in checkpoints.items()]
     for target in found:
         check(target)
-    return Targets(plain, found)
+    return Targets(
+        plain, found, [program for name in exported for program in _programs(name, checkpoints, found, folder)]
+    )
 
 
 def implementations(
@@ -106,8 +118,8 @@ def check(target: Target) -> None:
 
 def _parse(value: str) -> tuple[str, str]:
     kind, _, name = value.partition(":")
-    if kind not in KINDS or not name:
-        raise ValueError(f"--candidate {value!r}: expected torch, jax, quantized:DIR or gguf:FILE")
+    if kind not in (*KINDS, _PROGRAM) or not name:
+        raise ValueError(f"--candidate {value!r}: expected torch, jax, quantized:DIR, gguf:FILE or pte:DIR")
     return kind, name
 
 
@@ -160,3 +172,37 @@ def _tiny(variant: str, kind: str, name: str, folder: Path) -> Target:
     # gguf-py cannot quantize to some types; a file of those holds weights of its own.
     own = name in (*DRAWN, "Q4_K_M")
     return Target(f"tiny {variant}/256", Quantized(kind, file, f"{kind}:{name}"), None if own else original)
+
+
+def _programs(name: str, checkpoints: Mapping[str, Path], quantized: Sequence[Target], folder: Path) -> list[Program]:
+    """The exported folder `name`, or those that a backend of this name makes of each checkpoint."""
+    at = Path(name)
+    if not at.exists():
+        if name not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise FileNotFoundError(f"--candidate pte:{name}: no such folder, nor a backend; there are {known}")
+        sources = checkpoints or {f"tiny {v}": make_tiny(v, folder / f"{v} {name}") for v in VARIANTS}
+        return [_exported(label, path, name, folder) for label, path in sources.items()]
+    manifest = open_folder(at).manifest
+    sources = [Program(label, "", at, path) for label, path in checkpoints.items()]
+    sources += [Program(t.label, "", at, t.candidate.path, t.original) for t in quantized]
+    made_from, known = manifest.source["name"], manifest.source["fingerprint"]
+    if not sources:
+        raise ValueError(f"--candidate pte:{at}: give the CHECKPOINT that it was made from, {made_from}")
+    prints = {source.source: open_checkpoint(source.source).fingerprint() for source in sources}
+    for source in sources:
+        if prints[source.source] == known:
+            return [replace(source, candidate=f"pte:{at.resolve().name}")]
+    others = ", ".join(f"{path} is {found[:12]}" for path, found in prints.items())
+    raise ValueError(
+        f"--candidate pte:{at}: was made from {made_from}, whose fingerprint is {known[:12]}, but {others}"
+    )
+
+
+def _exported(label: str, source: Path, backend: str, folder: Path) -> Program:
+    from gemma4_impl.export.front import export
+
+    out = folder / f"{len(list(folder.iterdir()))} {backend}"
+    # So small a chunk that the rings of the sliding layers wrap.
+    export(source, out, backend, max_prefill_chunk=max(RAGGED), taps=True)
+    return Program(label, f"pte:{backend}", out, source)

@@ -15,7 +15,7 @@ import torch
 
 from gemma4_impl.config import TextConfig
 from gemma4_impl.vision.processing import ImageSource
-from parity import engine, grad, quantized
+from parity import engine, exported, grad, quantized
 from parity.engine import Report
 from parity.images import place
 
@@ -85,6 +85,20 @@ def quantized_tasks(
     return [Task(t.label, steps, partial(_quantized, t, sequences, dtypes, paths, device, stream)) for t in targets]
 
 
+def program_tasks(
+    programs: Sequence[exported.Program],
+    sequences: Sequences,
+    paths: Sequence[str],
+    device: torch.device,
+    stream: bool,
+) -> list[Task]:
+    """Arguments as `exported.run` has them."""
+    return [
+        Task(p.label, exported.steps(p, paths), partial(_program, p, sequences, paths, device, stream))
+        for p in programs
+    ]
+
+
 def run_tasks(tasks: Sequence[Task], processes: int, advance: Callable[[str], None]) -> Report:
     """The reports of all tasks as one, in their order. With several processes `advance` is called for a task when it is
     done. Raises what a task raises, and MemoryError if a process is killed."""
@@ -140,4 +154,18 @@ def _quantized(
     report, at = Report(), target.original or target.candidate.path
     sequence = place(at, sequences(TextConfig.from_file(at), at), ())[0]
     quantized.run(report, target, sequence, dtypes, paths, device, stream, advance)
+    return report
+
+
+def _program(
+    target: exported.Program,
+    sequences: Sequences,
+    paths: Sequence[str],
+    device: torch.device,
+    stream: bool,
+    advance: Callable[[str], None] = lambda what: None,
+) -> Report:
+    report, at = Report(), target.original or target.source
+    sequence = place(at, sequences(TextConfig.from_file(at), at), ())[0]
+    exported.run(report, target, sequence, paths, device, stream, advance)
     return report

@@ -1,7 +1,7 @@
 """Hugging Face's Gemma 4 behind the tap vocabulary, in float32, bfloat16, and true float64."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from gemma4_impl.config import TextConfig
 from gemma4_impl.taps import Recorder
 from gemma4_impl.vision.config import VisionConfig
 from reference import chunks as cut
+from reference.activations import quantize_inputs
 from reference.float64 import PromoteFloat32
 from reference.stream import filled, set_frequencies, streamed
 from reference.vision import reset_frequencies, tap_vision, tapped_qkv
@@ -42,6 +43,8 @@ class HFReference:
             dtype (the embedding scale) are rounded to `dtype` too; nothing else is.
         attention: transformers' eager or sdpa attention. The experts run eagerly with the former, and as
             transformers chooses with the latter.
+        activations: names of the weights (`layers.0.mlp.up_proj.weight`) of linears whose inputs are rounded to 8-bit
+            integers (`reference.activations.rounded`).
         stream: leave the weights on disk and load each layer as it runs: slower, and the memory of one layer.
         weights: take the tensors from here, and only the config from `path`. Dequantized ones are not rounded for
             the truth. The head is the embedding unless they hold another.
@@ -57,6 +60,7 @@ class HFReference:
         device: torch.device | str = "cpu",
         stream: bool = False,
         weights: Source | None = None,
+        activations: Collection[str] = (),
     ):
         self.config = TextConfig.from_file(path)
         self.dtype, self.truth, self.device = dtype, truth, torch.device(device)
@@ -75,6 +79,7 @@ class HFReference:
             self._to_float64()
         self.use(attention)
         self._tap_modules()
+        quantize_inputs(self.model, activations)
 
     def use(self, attention: Attention) -> None:
         """Switches between transformers' attention implementations without reloading."""
