@@ -1,0 +1,112 @@
+"""Where each tap is found in an MLX program, which stays as it is without them.
+
+While a model is traced, an operator marks each tap's value. The marks are taken out of the graph before it is lowered,
+and the node that computed the value keeps the tap's name in its metadata, which passes hand on. What the program builder
+then does for that node is where the tap can be read: after one instruction, in one tensor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from gemma4_impl import taps
+from gemma4_impl.export.mlx.bindings import import_mlx_backend
+
+_KEY = "gemma4_tap"
+
+
+@torch.library.custom_op("gemma4_export::tap", mutates_args=())
+def _mark(x: Tensor, name: str) -> Tensor:
+    """x itself, in a graph that is traced; `name` is the tap's."""
+    return x.clone()
+
+
+@_mark.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Marker:
+    """Takes the place of a recorder while a model is traced."""
+
+    def at(self, positions: Tensor) -> None:
+        pass
+
+    def record(self, name: str, value: Tensor) -> Tensor:
+        return _mark(value, name)
+
+    def route(self, prefix: str, index: Tensor) -> Tensor:
+        return _mark(index, prefix + taps.CHOICE[1:])
+
+
+def marking():
+    """Inside, a model that is traced has its taps marked."""
+    return taps.recording(_Marker())
+
+
+def unmark(program: ExportedProgram) -> list[str]:
+    """Takes the marks out of a program; returns the names of the taps."""
+    graph, names = program.graph_module.graph, []
+    for node in list(graph.nodes):
+        if node.target == torch.ops.gemma4_export.tap.default:
+            value, name = node.args
+            value.meta.setdefault("custom", {})[_KEY] = name
+            names.append(name)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+    program.graph_module.recompile()
+    return names
+
+
+def passes() -> list[Any]:
+    """The backend's default passes, of which one makes new nodes without the old ones' metadata."""
+    from executorch.backends.mlx.passes import MLXReinplacePass, get_default_passes
+
+    class Reinplace(MLXReinplacePass):
+        def call(self, exported_program: ExportedProgram) -> Any:
+            nodes = exported_program.graph.nodes
+            named = {id(node.meta["val"]): node.meta["custom"] for node in nodes if _name(node) is not None}
+            result = super().call(exported_program)
+            for node in nodes:
+                if (custom := named.get(id(node.meta.get("val")))) is not None:
+                    node.meta["custom"] = custom
+            return result
+
+    return [Reinplace() if isinstance(one, MLXReinplacePass) else one for one in get_default_passes()]
+
+
+def _name(node: Any) -> str | None:
+    return node.meta.get("custom", {}).get(_KEY)
+
+
+@contextmanager
+def finding() -> Iterator[dict[str, dict[str, int]]]:
+    """Inside, one program is lowered; afterwards the result has each tap's chain, instruction and tensor."""
+    import_mlx_backend()
+    from executorch.backends.mlx import preprocess
+
+    found: dict[str, dict[str, int]] = {}
+
+    class Builder(preprocess.MLXProgramBuilder):
+        def _mark_node_supported(self, node: Any, *, handler: Any = None) -> None:
+            slot = self.slot_manager.get_slot(node)
+            if (name := _name(node)) is not None and slot is not None:
+                # One node may have become several, of which the last one computes the value.
+                at = len(self._chains[self._current_chain]) - 1
+                found[name] = {"chain": self._current_chain, "instruction": at, "tensor": slot}
+            super()._mark_node_supported(node, handler=handler)
+
+        def build(self) -> Any:
+            graph = super().build()
+            for tap in found.values():
+                tap["tensor"] = self._slot_to_final_tid[tap["tensor"]]
+            return graph
+
+    usual, preprocess.MLXProgramBuilder = preprocess.MLXProgramBuilder, Builder
+    try:
+        yield found
+    finally:
+        preprocess.MLXProgramBuilder = usual
