@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from gemma4_impl.vision.images import ImageEncoder
 
 MODULES = {name: f"gemma4_impl.export.{name}" for name in BACKENDS}
-"""The module of each backend, whose `lower` makes a program of a model."""
+"""The module of each backend: `lower` makes a program of a model, `open_session` runs one."""
 DEFAULT_SEQ_LEN, DEFAULT_CHUNK = 4096, 512
 
 _PACKAGES = ("executorch", "torchao")
@@ -64,7 +65,7 @@ def export(
     ImportError for a package that is missing, and ValueError for what a backend does not support. Then `out` is not
     there."""
     source, out = Path(source), Path(os.path.abspath(out))
-    module = load_backend(backend)
+    module = load_backend(backend, _PACKAGES)
     check_out(source, out)
     weights = open_checkpoint(source)
     with torch.device("meta"):
@@ -77,7 +78,10 @@ def export(
     opened = open_source(weights, settings.dtype, progress)
     tower = _load_tower(source, settings.dtype) if vision else None
     report("lowering")
-    lowered: Lowered = module.lower(opened.model, settings, tower, report)
+    with warnings.catch_warnings():
+        # torch's own, about every program that ExecuTorch copies.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        lowered: Lowered = module.lower(opened.model, settings, tower, report)
     with new_folder(out, _nbytes(opened)) as folder:
         report("writing")
         lowered.write(folder)
@@ -103,22 +107,18 @@ def export(
     return manifest
 
 
-def load_backend(backend: str) -> ModuleType:
-    """The backend's module. Raises ValueError for an unknown one, ImportError if a package that it needs is missing."""
+def load_backend(backend: str, packages: Sequence[str]) -> ModuleType:
+    """The backend's module, which needs these packages. Raises ValueError for an unknown backend, ImportError if a
+    package is missing."""
     if backend not in MODULES:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(MODULES)}")
-    need(*_PACKAGES)
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is needed for this: pip install 'gemma4-parity[export]'")
     # They report at every start what they have no binary for.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     return importlib.import_module(MODULES[backend])
-
-
-def need(*packages: str) -> None:
-    """Raises ImportError with what to install if one of the packages is not there."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"{package} is needed for this: pip install 'gemma4-parity[export]'")
 
 
 def make_settings(

@@ -1,6 +1,5 @@
 """Generation with an exported program: the prompt in chunks that it takes, token by token then, sampled on the host."""
 
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma4_impl.export.folder import Exported, Manifest, open_folder
-from gemma4_impl.export.front import MODULES
+from gemma4_impl.export.front import load_backend
 from gemma4_impl.generation import Generation, Interrupted, Prompt, Sampling, Transcript, check_prompt, prompt_ids
 from gemma4_impl.model.sampler import sample
 from gemma4_impl.model.soft_tokens import SoftTokens
@@ -19,9 +18,6 @@ from gemma4_impl.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gemma4_impl.vision.processing import ImageSource
     from gemma4_impl.vision.tower import ImagePrompts
-
-SESSIONS = MODULES | {"mlx": "gemma4_impl.export.replay"}
-"""The module of each backend whose `open_session` runs its programs here."""
 
 
 class Session(Protocol):
@@ -43,7 +39,7 @@ class Session(Protocol):
 def open_session(folder: Path, manifest: Manifest) -> Session:
     """Loads the program of a folder that `open_folder` checked. Raises ImportError or ValueError where it cannot run
     here."""
-    return importlib.import_module(SESSIONS[manifest.backend]).open_session(folder, manifest)
+    return load_backend(manifest.backend, ["executorch"]).open_session(folder, manifest)
 
 
 def open_program(path: str | Path) -> tuple[Exported, Session, Tokenizer]:
