@@ -126,8 +126,9 @@ def images_method(
     row = [Value(name, torch.long, (1, length)) for name in ("tokens", "positions")]
     inputs = [*row, Value("embeds", settings.dtype, (1, length, D)), Value("ends", torch.long, (1, length))]
     T = 3 if C > 2 else 2
-    at = torch.arange(T)[None]
-    example = torch.zeros(1, T, dtype=torch.long), at, torch.zeros(1, T, D, dtype=settings.dtype), at
+    # No two the same tensor, or the program would take them for one input.
+    tokens, at, ends = (torch.arange(T)[None] for _ in range(3))
+    example = tokens, at, torch.zeros(1, T, D, dtype=settings.dtype), ends
     dim = Dim("length", min=2, max=C) if C > 2 else None
     dynamic = {value.name: {1: dim} for value in inputs} if dim else None
     step = ImageStep(model, cache, tower.bidirectional)
