@@ -1,11 +1,12 @@
-# `make parity` proves the model, `make test` runs the tests, `make bench` measures; each installs what it needs into .venv
-# first. `make bench` leaves build/bench/report.html and the JSON, whether or not a row was in parity.
+# `make parity` proves the model, `make test` runs the tests, `make bench` measures, `make runner` builds the C++ program that
+# runs exported ones; each installs what it needs into .venv first. `make bench` leaves build/bench/report.html and the JSON,
+# whether or not a row was in parity.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := build/bench
 
-.PHONY: parity test bench lint format clean
+.PHONY: parity test bench runner lint format clean
 
 parity: $(VENV)/installed
 	$(BIN)/gemma4 parity
@@ -17,6 +18,9 @@ bench: $(VENV)/installed
 	@mkdir -p $(RUN) && rm -f $(RUN)/benchmarks.json
 	@$(BIN)/python -m pytest --benchmark-only --benchmark-json=$(RUN)/benchmarks.json --benchmark-columns=median,iqr,rounds; \
 		status=$$?; $(BIN)/python -m bench.report $(RUN)/benchmarks.json -o $(RUN)/report.html && exit $$status
+
+runner: $(VENV)/installed
+	$(BIN)/python -m gemma4_impl.runner
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

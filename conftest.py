@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """`-m cuda` and `-m mlx_device` without the hardware: what was not tried, by folder, as no test of it failed."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reason = {"cuda": "needs an NVIDIA GPU", "mlx_device": "needs a Mac with Metal"}.get(config.option.markexpr)
+    untried = [r for r in skipped if reason and isinstance(r.longrepr, tuple) and reason in r.longrepr[2]]
+    if untried:
+        folders = Counter(r.nodeid.partition("::")[0].rpartition("/")[0] for r in untried)
+        listed = ", ".join(f"{folder} ({count})" for folder, count in sorted(folders.items()))
+        terminalreporter.write_line(f"not tried here, {len(untried)} tests, each {reason}: {listed}")
 
 
 @pytest.fixture(scope="session")
