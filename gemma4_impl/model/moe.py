@@ -20,14 +20,20 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, D], the residual itself, un-normed -> weights [B, T, k] (at least float32), experts [B, T, k]."""
+        probs = self.probabilities(x)
+        index = taps.route(self.prefix, probs.topk(self.top_k).indices)
+        return self.weigh(probs.gather(-1, index), index), index
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, E], at least float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         x = F.rms_norm(x.to(wide), x.shape[-1:], self.scale.to(wide), self.eps) * x.shape[-1] ** -0.5
         probs = self.proj(x.to(self.proj.weight.dtype)).softmax(dim=-1, dtype=wide)
-        probs = taps.tap(self.prefix, "router", probs)
-        index = taps.route(self.prefix, probs.topk(self.top_k).indices)
-        weights = probs.gather(-1, index)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights * self.per_expert_scale[index], index
+        return taps.tap(self.prefix, "router", probs)
+
+    def weigh(self, probs: Tensor, index: Tensor) -> Tensor:
+        """The chosen experts' probabilities and indices [B, T, k] -> their weights."""
+        return probs / probs.sum(dim=-1, keepdim=True) * self.per_expert_scale[index]
 
 
 class Experts(nn.Module):

@@ -1,8 +1,8 @@
 """Where each tap is found in an MLX program, which stays as it is without them.
 
-While a model is traced, an operator marks each tap's value. The marks are taken out of the graph before it is lowered,
-and the node that computed the value keeps the tap's name in its metadata, which passes hand on. What the program builder
-then does for that node is where the tap can be read: after one instruction, in one tensor."""
+While a model is traced, an operator marks each tap's value. The marks are taken out of the graph before it is lowered;
+the node that computed the value keeps the tap's name in its metadata, which passes hand on. What the program builder
+emits for that node is where the tap can be read: after one instruction, in one tensor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,18 +91,21 @@ def finding() -> Iterator[dict[str, dict[str, int]]]:
     found: dict[str, dict[str, int]] = {}
 
     class Builder(preprocess.MLXProgramBuilder):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.taps: dict[str, tuple[int, int, Any]] = {}
+
         def _mark_node_supported(self, node: Any, *, handler: Any = None) -> None:
             slot = self.slot_manager.get_slot(node)
             if (name := _name(node)) is not None and slot is not None:
                 # One node may have become several, of which the last one computes the value.
-                at = len(self._chains[self._current_chain]) - 1
-                found[name] = {"chain": self._current_chain, "instruction": at, "tensor": slot}
+                self.taps[name] = self._current_chain, len(self._chains[self._current_chain]) - 1, slot
             super()._mark_node_supported(node, handler=handler)
 
         def build(self) -> Any:
             graph = super().build()
-            for tap in found.values():
-                tap["tensor"] = self._slot_to_final_tid[tap["tensor"]]
+            for name, (chain, at, slot) in self.taps.items():
+                found[name] = {"chain": chain, "instruction": at, "tensor": self._slot_to_final_tid[slot]}
             return graph
 
     usual, preprocess.MLXProgramBuilder = preprocess.MLXProgramBuilder, Builder

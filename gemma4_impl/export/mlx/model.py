@@ -1,4 +1,4 @@
-"""Gemma 4 as the MLX backend takes it whole: one forward for a chunk of any length, with MLX's rope, caches and SDPA."""
+"""Gemma 4 as the MLX backend takes it whole: one forward for a chunk of any length, on MLX's rope, caches and SDPA."""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from gemma4_impl import taps
 from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
 from gemma4_impl.export.mlx.bindings import import_mlx_backend
 from gemma4_impl.model.decoder import KV, Attention, Gemma4
-from gemma4_impl.model.moe import Experts
+from gemma4_impl.model.moe import Experts, Router
 from gemma4_impl.model.rope import inverse_frequencies
 
 HEADS_FIRST = ("self_attn.q", "self_attn.k", "self_attn.v")
@@ -36,7 +36,7 @@ class MlxGemma4(nn.Module):
             slots = self.ring if layer.config.layer_type == SLIDING else max_seq_len
             layer.self_attn = MlxAttention(layer.self_attn, config, slots, model.dtype)
             if layer.moe:
-                layer.experts = MlxExperts(layer.experts)
+                layer.router, layer.experts = MlxRouter(layer.router), MlxExperts(layer.experts)
         self.eval()
 
     def reset(self) -> None:
@@ -48,17 +48,25 @@ class MlxGemma4(nn.Module):
         """Name and buffer [1, K, C, H] of each cache: keys and values of the layers that compute their own."""
         return ((name, buffer) for name, buffer in self.named_buffers() if name.endswith(("k_cache", "v_cache")))
 
-    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, input_pos: Tensor, embeds: Tensor | None = None, ends: Tensor | None = None
+    ) -> Tensor:
         """tokens int64 [1, T], the position of the first as int64 [1] -> softcapped logits [1, 1, V] of the last.
 
-        Positions go on from the last call."""
+        Positions go on from the last call. With images, soft tokens embeds [1, T, D] stand where ends, int64 [1, T], is
+        not -1 but the last position that they may look at in sliding layers."""
         model, T = self.model, tokens.shape[1]
         start = input_pos[0].item()
         torch._check(start >= 0)
         torch._check(start + T <= self.max_seq_len)
-        mask = self._ring_mask(input_pos, T)
+        mask = self._ring_mask(input_pos, T, ends)
 
-        x = taps.tap("", "embed", model.embed_tokens(tokens))
+        if ends is not None:
+            tokens = torch.where(ends >= 0, self.config.pad_token_id, tokens)
+        x = model.embed_tokens(tokens)
+        if ends is not None:
+            x = torch.where((ends >= 0)[..., None], embeds, x)
+        x = taps.tap("", "embed", x)
         per_layer_inputs = model.per_layer_inputs(tokens, x)
         kv: KV = {}
         for layer in model.layers:
@@ -78,7 +86,7 @@ class MlxGemma4(nn.Module):
             scores = torch.tanh(scores / cap) * cap
         return taps.tap("", "logits", scores)
 
-    def _ring_mask(self, input_pos: Tensor, length: int) -> Tensor:
+    def _ring_mask(self, input_pos: Tensor, length: int, ends: Tensor | None) -> Tensor:
         """bool [1, 1, T, C], True where a query may look: the slots' positions follow from the last one written."""
         queries = input_pos + torch.arange(length, dtype=torch.long)
         last = queries[length - 1 : length]
@@ -86,7 +94,8 @@ class MlxGemma4(nn.Module):
         age = torch.remainder(last + self.ring - torch.arange(self.ring, dtype=torch.long), self.ring)
         keys = last - age
         ago = queries[:, None] - keys
-        return ((keys >= 0) & (ago >= 0) & (ago < self.config.sliding_window))[None, None]
+        seen = ago >= 0 if ends is None else keys <= torch.maximum(queries, ends[0])[:, None]
+        return ((keys >= 0) & seen & (ago < self.config.sliding_window))[None, None]
 
 
 class MlxAttention(nn.Module):
@@ -143,6 +152,21 @@ class MlxAttention(nn.Module):
         return torch.ops.mlx.rope(x, self.config.head_dim, start, False, self.rope_theta, 1.0, self.periods)
 
 
+class MlxRouter(nn.Module):
+    """`Router` without a gather, which MLX's backend has no operator for: the largest values are the chosen ones."""
+
+    def __init__(self, router: Router):
+        super().__init__()
+        self.inner = router
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Router.forward`, the experts as int32."""
+        probs, index = self.inner.probabilities(x).topk(self.inner.top_k)
+        # A node of its own also for the tap: the outputs of topk are parts of one.
+        index = taps.route(self.inner.prefix, index.to(torch.int32))
+        return self.inner.weigh(probs, index), index
+
+
 class MlxExperts(nn.Module):
     """`Experts` on MLX's matrix products with gathered weights: each token meets its own k experts only."""
 
@@ -151,8 +175,8 @@ class MlxExperts(nn.Module):
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        """x [1, T, D], weights and index [1, T, k] -> [1, T, D]."""
-        index = index[0].to(torch.int32)
+        """x [1, T, D], weights and int32 index [1, T, k] -> [1, T, D]."""
+        index = index[0]
         gate_up = self._product(x[0][:, None, None], self.gate_up_proj, index)
         gate, up = gate_up.chunk(2, dim=-1)
         y = self._product(F.gelu(gate, approximate="tanh") * up, self.down_proj, index)
