@@ -41,12 +41,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
         except ValueError:
             raise ValueError(f"{path}: empty, no ExecuTorch program") from None
     try:
-        return {"file": str(path)} | _Program(memoryview(data)).describe()
+        return {"file": str(path)} | Program(memoryview(data)).describe()
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
-class _Program:
+class Program:
     """The tables of ExecuTorch's program.fbs, by the numbers of their fields."""
 
     def __init__(self, data: memoryview):
@@ -74,7 +74,7 @@ class _Program:
             if plan.length(3) or any(chain.length(2) for chain in plan.tables(5)):
                 methods[name] = self._method(plan)
             else:
-                constants[name] = _constant(plan)
+                constants[name] = constant(plan)
         return {"bytes": self._sizes(), "methods": methods, "constants": constants}
 
     def segment(self, index: int) -> memoryview:
@@ -104,10 +104,10 @@ class _Program:
         for instruction in (i for chain in plan.tables(5) for i in chain.tables(2)):
             kind, call = instruction.number(0, "B"), instruction.table(1)
             if kind == _KERNEL:
-                kernels[_item(operators, call)] += 1
+                kernels[item(operators, call)] += 1
             elif kind == _DELEGATE:
-                delegate = _item(delegates, call)
-                backend, payload = delegate.text(0), self._payload(delegate)
+                delegate = item(delegates, call)
+                backend, payload = delegate.text(0), self.payload_of(delegate)
                 part = parts.setdefault(backend, {"calls": 0, "nodes": 0, "bytes": 0})
                 nodes = count_nodes(backend, payload)
                 part["calls"] += 1
@@ -124,7 +124,7 @@ class _Program:
             "share_delegated": _share([part["nodes"] for part in parts.values()], kernels.total()),
         }
 
-    def _payload(self, delegate: Table) -> memoryview:
+    def payload_of(self, delegate: Table) -> memoryview:
         location, index = _processed(delegate)
         if location == _SEGMENT:
             return self.segment(index)
@@ -152,7 +152,8 @@ def _processed(delegate: Table) -> tuple[int, int]:
     return (0, 0) if where is None else (where.number(0, "b"), where.number(1, "I"))
 
 
-def _item(items: list, call: Table | None) -> Any:
+def item(items: list, call: Table | None) -> Any:
+    """What a call of a kernel or a delegate refers to. Raises ValueError for what is not there."""
     return _at(items, -1 if call is None else call.number(0, "i"))
 
 
@@ -179,7 +180,8 @@ def _tensor(values: list[Table], index: int) -> dict[str, Any]:
     }
 
 
-def _constant(plan: Table) -> Any:
+def constant(plan: Table) -> Any:
+    """What a method without instructions returns: a number or text, or a list of those; None for anything else."""
     values = plan.tables(2)
     out = [_scalar(_at(values, i)) for i in plan.numbers(4, "i")]
     return out[0] if len(out) == 1 else out
