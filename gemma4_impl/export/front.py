@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from gemma4_impl.vision.images import ImageEncoder
 
 MODULES = {name: f"gemma4_impl.export.{name}" for name in BACKENDS}
-"""The module of each backend: `lower` makes a program of a model, `open_session` runs one."""
+"""The module of each backend: `check` refuses what it does not support, `lower` makes a program of a model,
+`open_session` runs one."""
 DEFAULT_SEQ_LEN, DEFAULT_CHUNK = 4096, 512
 
 _PACKAGES = ("executorch", "torchao")
@@ -75,6 +76,8 @@ def export(
     settings = make_settings(weights, tokenizer, max_seq_len, max_prefill_chunk, dtype, taps)
     if vision:
         _check_vision(source)
+    if hasattr(module, "check"):
+        module.check(weights.config, settings, vision)
     opened = open_source(weights, settings.dtype, progress)
     tower = _load_tower(source, settings.dtype) if vision else None
     report("lowering")

@@ -11,9 +11,13 @@ from gemma4_impl.export.source import dequantize
 from gemma4_impl.model.decoder import Gemma4
 
 
-def lower(model: Gemma4, settings: Settings, tower=None, report=print) -> Lowered:
+def check(config: TextConfig, settings: Settings, vision: bool) -> None:
     if settings.dtype == torch.float16:
         raise ValueError("fake programs do not compute in float16: they have no such numbers")
+
+
+def lower(model: Gemma4, settings: Settings, tower=None, report=print) -> Lowered:
+    check(model.config, settings, tower is not None)
     dequantize(model)
     report("lowering decode")
     length, C = {"min": 2, "max": settings.max_prefill_chunk}, settings.max_prefill_chunk
