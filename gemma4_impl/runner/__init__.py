@@ -1,9 +1,11 @@
 """The C++ program that runs an exported program without Python, and how Python calls it: ids in, ids out."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,7 @@ def generate(
     """Continues `tokens` with the program in `folder`, in the C++ runner; reads model.pte and *.ptd there, no manifest.
 
     Args:
-        sampling: greedy if None. A program that draws its tokens by itself takes a temperature only.
+        sampling: greedy if None. A program that draws its tokens by itself takes a temperature and its own top-k only.
         bos: what to do about a prompt without BOS: refuse it, add it, or take it as it is.
         mlock: keep the weights in memory; `Run.locked` says whether the system allowed it.
         stream: called with each new id as it comes.
@@ -64,25 +66,28 @@ def generate(
     command = [
         *(str(runner or find_runner()), str(folder), "--tokens", "-", "--json", "--bos", bos),
         *("--max-new-tokens", str(max_new_tokens), "--temperature", repr(float(sampling.temperature))),
-        *("--top-k", str(sampling.top_k or 0), "--top-p", repr(float(sampling.top_p or 1))),
-        *(("--seed", str(sampling.seed)) if sampling.seed is not None else ()),
+        # Greedily, the rest means nothing, and a program that draws by itself takes none of it.
+        *(("--top-k", str(sampling.top_k or 0)) if sampling.temperature else ()),
+        *(("--top-p", repr(float(sampling.top_p or 1))) if sampling.temperature else ()),
+        *(("--seed", str(sampling.seed)) if sampling.temperature and sampling.seed is not None else ()),
         *(("--mlock",) if mlock else ()),
     ]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with process:
-        try:
-            # The runner reads all of stdin first, and writes no more to stderr than a pipe holds.
-            process.stdin.write(",".join(map(str, tokens)))
-            process.stdin.close()
-            new = _read_ids(process.stdout, stream)
-            rest, errors = process.stdout.read(), process.stderr.read()
-        except BaseException:
-            process.kill()
-            raise
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
+            try:
+                # A runner that refuses its options does not wait for the prompt.
+                with contextlib.suppress(BrokenPipeError), process.stdin:
+                    process.stdin.write(",".join(map(str, tokens)))
+                new, rest = _read_ids(process.stdout, stream), process.stdout.read()
+            except BaseException:
+                process.kill()
+                raise
+        errors.seek(0)
+        message = errors.read()
     if process.returncode:
-        raise _error(process.returncode, errors)
+        raise _error(process.returncode, message)
     report = json.loads(rest)
     del report["new_tokens"]
     return Run(tokens=tuple(new), **report)

@@ -1,10 +1,11 @@
 """Builds the runner with CMake against the installed executorch."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).parent
@@ -52,20 +53,14 @@ def find_package() -> Path:
     raise BuildError("executorch is not installed; run: pip install 'gemma4-parity[export]'")
 
 
-class _lock:  # noqa: N801
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
     """Held while building, so that two processes do not write the same files."""
+    import fcntl
 
-    def __init__(self, folder: Path):
-        self._path = folder / ".lock"
-
-    def __enter__(self) -> None:
-        import fcntl
-
-        self._file = self._path.open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _run(command: Sequence[str | Path], failure: str) -> None:

@@ -16,14 +16,6 @@ double seconds(Clock::time_point begin, Clock::time_point end) {
   return std::chrono::duration<double>(end - begin).count();
 }
 
-int64_t draw(const Next& next, Sampler& sampler, int64_t position) {
-  try {
-    return next.token ? *next.token : sampler.draw(next.logits);
-  } catch (const std::runtime_error& error) {
-    throw std::runtime_error("no token can be drawn for position " + std::to_string(position) + ": " + error.what());
-  }
-}
-
 }  // namespace
 
 void check_prompt(const Metadata& metadata, const std::vector<int64_t>& prompt) {
@@ -35,40 +27,49 @@ void check_prompt(const Metadata& metadata, const std::vector<int64_t>& prompt) 
   }
   for (int64_t id : prompt) {
     if (id < 0 || id >= metadata.vocab_size) {
-      throw Refused("token id " + std::to_string(id) + " is outside the program's vocabulary of " + std::to_string(metadata.vocab_size));
+      throw Refused("token id " + std::to_string(id) + " is outside the program's vocabulary of " +
+                    std::to_string(metadata.vocab_size));
     }
   }
 }
 
-Generation generate(Program& program, const std::vector<int64_t>& prompt, int64_t max_new_tokens, Sampler& sampler,
-                    const std::function<void(int64_t)>& on_token) {
+Generation generate(Program& program, const std::vector<int64_t>& prompt, int64_t max_new_tokens,
+                    const Sampling& sampling, const std::function<void(int64_t)>& on_token) {
   const Metadata& metadata = program.metadata();
-  const auto begin = Clock::now();
-  Next next;
-  int64_t position = 0;
-  for (const int64_t length = static_cast<int64_t>(prompt.size()); position < length;) {
-    const int64_t end = std::min(position + metadata.max_prefill_chunk, length);
-    next = program.run({prompt.begin() + position, prompt.begin() + end}, position);
-    position = end;
-  }
-
+  Sampler sampler(sampling);
   Generation generation;
-  const auto take = [&](int64_t token) {
+  int64_t position = 0;
+  const auto step = [&](const std::vector<int64_t>& tokens) {
+    const Next next = program.run(tokens, position, sampling.temperature);
+    position += static_cast<int64_t>(tokens.size());
+    return next;
+  };
+  const auto take = [&](const Next& next) {
+    const int64_t token = next.token ? *next.token : sampler.draw(next.logits);
     generation.tokens.push_back(token);
     generation.ended = std::count(metadata.eos_ids.begin(), metadata.eos_ids.end(), token) > 0;
     on_token(token);
   };
-  int64_t token = draw(next, sampler, position);
-  const auto first = Clock::now();
-  take(token);
-  // The last token is not fed back, so it needs no room.
-  while (!generation.ended && static_cast<int64_t>(generation.tokens.size()) < max_new_tokens && position < metadata.max_seq_len) {
-    next = program.run({token}, position++);
-    token = draw(next, sampler, position);
-    take(token);
+  try {
+    const auto begin = Clock::now();
+    Next next;
+    for (const int64_t length = static_cast<int64_t>(prompt.size()); position < length;) {
+      const int64_t end = std::min(position + metadata.max_prefill_chunk, length);
+      next = step({prompt.begin() + position, prompt.begin() + end});
+    }
+    take(next);
+    const auto first = Clock::now();
+    // The last token is not fed back, so it needs no room.
+    while (!generation.ended && static_cast<int64_t>(generation.tokens.size()) < max_new_tokens &&
+           position < metadata.max_seq_len) {
+      take(step({generation.tokens.back()}));
+    }
+    generation.prefill_seconds = seconds(begin, first);
+    generation.decode_seconds = seconds(first, Clock::now());
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error("no next token after " + std::to_string(generation.tokens.size()) +
+                             " new ones: " + error.what());
   }
-  generation.prefill_seconds = seconds(begin, first);
-  generation.decode_seconds = seconds(first, Clock::now());
   return generation;
 }
 

@@ -22,7 +22,7 @@ void check_prompt(const Metadata& metadata, const std::vector<int64_t>& prompt);
 
 // At most `max_new_tokens`, which are handed to `on_token` as they come; the context may end it before.
 // Throws std::runtime_error as Program::run and Sampler::draw do.
-Generation generate(Program& program, const std::vector<int64_t>& prompt, int64_t max_new_tokens, Sampler& sampler,
-                    const std::function<void(int64_t)>& on_token);
+Generation generate(Program& program, const std::vector<int64_t>& prompt, int64_t max_new_tokens,
+                    const Sampling& sampling, const std::function<void(int64_t)>& on_token);
 
 }  // namespace gemma4

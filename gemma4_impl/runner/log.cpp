@@ -13,7 +13,8 @@ namespace {
 std::mutex mutex;
 std::string kept;
 
-void take(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*, size_t line, const char* message, size_t length) {
+void take(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*, size_t line, const char* message,
+          size_t length) {
   if (std::getenv("GEMMA4_DEBUG")) std::fprintf(stderr, "%c %s:%zu %s\n", level, file, line, message);
   std::lock_guard<std::mutex> guard(mutex);
   if ((level == kError || level == kFatal) && kept.empty()) {

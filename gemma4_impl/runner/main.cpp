@@ -41,27 +41,33 @@ std::vector<int64_t> with_bos(std::vector<int64_t> tokens, int64_t bos_id, Bos b
 }
 
 Sampling sampling_for(const Program& program, const Options& options) {
-  if (program.samples() && (options.top_k.value_or(0) != 0 || options.top_p.value_or(1) != 1 || options.seed)) {
-    throw Refused("the program draws its tokens by itself: it takes no --top-k, --top-p and --seed");
+  if (!program.draws())
+    return {options.temperature, options.top_k.value_or(64), options.top_p.value_or(0.95), options.seed};
+  // Prefill returns logits, so the first token is drawn here, with what the program has built in.
+  if (options.top_k.value_or(program.top_k()) != program.top_k() || options.top_p.value_or(1) != 1 || options.seed) {
+    throw Refused("the program draws its tokens by itself, with top-k " + std::to_string(program.top_k()) +
+                  " (0 is off): it takes no other --top-k, no --top-p and no --seed");
   }
-  const bool off = program.samples();
-  return {options.temperature, options.top_k.value_or(off ? 0 : 64), options.top_p.value_or(off ? 1 : 0.95), options.seed};
+  return {options.temperature, program.top_k(), 1.0, std::nullopt};
 }
 
 double rate(double amount, double seconds) { return seconds > 0 ? amount / seconds : 0; }
 
 void print_speed(size_t prompt, const Generation& generation, double load_seconds) {
   const size_t decoded = generation.tokens.size() - 1;
-  std::fprintf(stderr, "loaded in %.2f s; first token after %.3f s (%zu tokens, %.1f tokens/s); then %zu tokens, %.1f tokens/s\n",
-               load_seconds, generation.prefill_seconds, prompt, rate(prompt, generation.prefill_seconds), decoded,
-               rate(decoded, generation.decode_seconds));
+  std::fprintf(
+      stderr,
+      "loaded in %.2f s; first token after %.3f s (%zu tokens, %.1f tokens/s); then %zu tokens, %.1f tokens/s\n",
+      load_seconds, generation.prefill_seconds, prompt, rate(prompt, generation.prefill_seconds), decoded,
+      rate(decoded, generation.decode_seconds));
 }
 
 void print_json(size_t prompt, const Generation& generation, double load_seconds, bool locked) {
-  std::printf("{\"prompt_tokens\": %zu, \"new_tokens\": %zu, \"stop_reason\": \"%s\", \"load_seconds\": %.9g, "
-              "\"prefill_seconds\": %.9g, \"decode_seconds\": %.9g, \"locked\": %s}\n",
-              prompt, generation.tokens.size(), generation.ended ? "eos" : "length", load_seconds, generation.prefill_seconds,
-              generation.decode_seconds, locked ? "true" : "false");
+  std::printf(
+      "{\"prompt_tokens\": %zu, \"new_tokens\": %zu, \"stop_reason\": \"%s\", \"load_seconds\": %.9g, "
+      "\"prefill_seconds\": %.9g, \"decode_seconds\": %.9g, \"locked\": %s}\n",
+      prompt, generation.tokens.size(), generation.ended ? "eos" : "length", load_seconds, generation.prefill_seconds,
+      generation.decode_seconds, locked ? "true" : "false");
 }
 
 void run(const Options& options) {
@@ -69,17 +75,24 @@ void run(const Options& options) {
   const auto program = Program::open(options.folder, options.lock);
   const double load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (options.lock && !program->locked()) {
-    std::fprintf(stderr, "gemma4-runner: note: the system does not let the weights be locked in memory (see ulimit -l)\n");
+    std::fprintf(stderr,
+                 "gemma4-runner: note: the system does not let the weights be locked in memory (see ulimit -l)\n");
   }
-  gemma4::Sampler sampler(sampling_for(*program, options));
+  const Sampling sampling = sampling_for(*program, options);
   const auto prompt = with_bos(options.tokens, program->metadata().bos_id, options.bos);
   gemma4::check_prompt(program->metadata(), prompt);
 
-  bool first = true;
-  const auto generation = gemma4::generate(*program, prompt, options.max_new_tokens, sampler, [&](int64_t token) {
-    std::cout << (first ? "" : ",") << token << std::flush;
-    first = false;
-  });
+  const char* separator = "";
+  Generation generation;
+  try {
+    generation = gemma4::generate(*program, prompt, options.max_new_tokens, sampling, [&](int64_t token) {
+      std::cout << separator << token << std::flush;
+      separator = ",";
+    });
+  } catch (...) {
+    if (*separator) std::cout << std::endl;
+    throw;
+  }
   std::cout << std::endl;
   if (options.json) {
     print_json(prompt.size(), generation, load_seconds, program->locked());
@@ -89,7 +102,6 @@ void run(const Options& options) {
 }
 
 int fail(const std::exception& error, int code) {
-  std::cout << std::flush;
   std::fprintf(stderr, "gemma4-runner: error: %s\n", error.what());
   return code;
 }

@@ -1,6 +1,6 @@
 #include "options.h"
 
-#include <cerrno>
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
@@ -60,6 +60,7 @@ std::vector<int64_t> parse_tokens(std::string text) {
   if (text == "-") text.assign(std::istreambuf_iterator<char>(std::cin), {});
   text.erase(text.find_last_not_of(" \n\r\t") + 1);
   std::vector<int64_t> tokens;
+  if (text.empty()) return tokens;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string item = text.substr(begin, end - begin);

@@ -16,7 +16,7 @@ struct Options {
   std::vector<int64_t> tokens;
   int64_t max_new_tokens = 256;
   double temperature = 1.0;
-  // Unset: 64 and 0.95, or off if the program samples by itself.
+  // Unset: 64 and 0.95, or what a program that draws has built in.
   std::optional<int64_t> top_k;
   std::optional<double> top_p;
   std::optional<uint64_t> seed;

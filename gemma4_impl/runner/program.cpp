@@ -4,6 +4,7 @@
 #include <executorch/runtime/backend/interface.h>
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -17,12 +18,12 @@ namespace fs = std::filesystem;
 using executorch::aten::ScalarType;
 using executorch::extension::from_blob;
 using executorch::extension::Module;
+using executorch::extension::TensorPtr;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
 using executorch::runtime::MethodMeta;
 using executorch::runtime::Result;
 using executorch::runtime::Tag;
-using executorch::runtime::TensorInfo;
 
 constexpr int64_t kMost = int64_t{1} << 31;
 
@@ -46,26 +47,21 @@ std::string program_file(const fs::path& folder) {
   const fs::path file = folder / "model.pte";
   std::error_code ignored;
   if (!fs::is_directory(folder, ignored)) throw Refused(folder.string() + ": no such folder");
-  if (!fs::is_regular_file(file, ignored)) throw Refused(folder.string() + ": has no model.pte; is it an exported program?");
+  if (!fs::is_regular_file(file, ignored))
+    throw Refused(folder.string() + ": has no model.pte; is it an exported program?");
   return file.string();
 }
 
-std::string join(std::vector<std::string> names) {
-  std::sort(names.begin(), names.end());
+std::string join(const std::vector<std::string>& items) {
   std::string joined;
-  for (const auto& name : names) joined += (joined.empty() ? "" : ", ") + name;
-  return joined.empty() ? "none" : joined;
+  for (const auto& item : items) joined += (joined.empty() ? "" : ", ") + item;
+  return joined;
 }
 
-std::string describe(const TensorInfo& info) {
-  std::string sizes;
-  for (int32_t size : info.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-  return std::string(executorch::runtime::toString(info.scalar_type())) + " [" + sizes + "]";
-}
-
-int64_t elements(const TensorInfo& info) {
-  const auto sizes = info.sizes();
-  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, [](int64_t a, int32_t b) { return a * b; });
+std::string describe(ScalarType type, const std::vector<int32_t>& sizes) {
+  std::vector<std::string> numbers;
+  for (int32_t size : sizes) numbers.push_back(std::to_string(size));
+  return std::string(executorch::runtime::toString(type)) + " [" + join(numbers) + "]";
 }
 
 bool is_float(ScalarType type) {
@@ -101,8 +97,8 @@ std::unique_ptr<Program> Program::open(const fs::path& folder, bool lock) {
 Program::Program(const fs::path& folder, bool lock)
     : path_(program_file(folder)),
       locked_(lock),
-      module_(path_, data_files(folder), lock ? Module::LoadMode::MmapUseMlock : Module::LoadMode::Mmap, nullptr, nullptr,
-              nullptr, /*share_memory_arenas=*/true) {
+      module_(path_, data_files(folder), lock ? Module::LoadMode::MmapUseMlock : Module::LoadMode::Mmap, nullptr,
+              nullptr, nullptr, /*share_memory_arenas=*/true) {
   clear_log();
   const Error error = module_.load(executorch::runtime::Program::Verification::InternalConsistency);
   if (error != Error::Ok) refuse("is no ExecuTorch program that this runner can read (" + reason(error) + ")");
@@ -121,13 +117,18 @@ void Program::check_methods() {
   if (!single_method_ && metadata_.max_prefill_chunk > 1) needed.push_back("prefill");
   for (const auto& method : needed) {
     if (found->count(method) == 0) {
-      refuse("has no method " + method + " (it has " + join({found->begin(), found->end()}) + ")");
+      std::vector<std::string> names(found->begin(), found->end());
+      std::sort(names.begin(), names.end());
+      refuse("has no method " + method + "; it has " + join(names));
     }
     check_backends(method);
   }
-  samples_ = check_method(decode, single_method_ ? metadata_.max_prefill_chunk : 1);
+  draws_ = check_output(decode);
+  check_inputs(decode, single_method_ ? metadata_.max_prefill_chunk : 1, draws_);
+  if (draws_ && found->count("get_top_k") > 0) top_k_ = constant("get_top_k", 0, metadata_.vocab_size);
   if (needed.size() == 2) {
-    check_method("prefill", metadata_.max_prefill_chunk);
+    check_output("prefill");
+    check_inputs("prefill", metadata_.max_prefill_chunk, false);
     check_caches();
   }
   for (const auto& method : needed) {
@@ -146,7 +147,8 @@ void Program::read_metadata() {
   if (metadata_.eos_ids.empty()) refuse("get_eos_ids is empty: generation would never end");
   for (int64_t id : metadata_.eos_ids) {
     if (id < 0 || id >= metadata_.vocab_size) {
-      refuse("get_eos_ids has " + std::to_string(id) + ", outside the vocabulary of " + std::to_string(metadata_.vocab_size));
+      refuse("get_eos_ids has " + std::to_string(id) + ", outside the vocabulary of " +
+             std::to_string(metadata_.vocab_size));
     }
   }
   if (constant("use_kv_cache", 0, 1) == 0) refuse("use_kv_cache is 0: only programs with caches can be run");
@@ -171,41 +173,66 @@ int64_t Program::constant(const std::string& name, int64_t least, int64_t most) 
   const std::vector<int64_t> values = constants(name);
   if (values.size() != 1) refuse(name + " has " + std::to_string(values.size()) + " values, not one");
   if (values[0] < least || values[0] > most) {
-    refuse(name + " is " + std::to_string(values[0]) + ", but must be from " + std::to_string(least) + " to " + std::to_string(most));
+    refuse(name + " is " + std::to_string(values[0]) + ", but must be from " + std::to_string(least) + " to " +
+           std::to_string(most));
   }
   return values[0];
 }
 
 // Shapes are those of the largest inputs.
-bool Program::check_method(const std::string& method, int64_t tokens) {
+void Program::check_inputs(const std::string& method, int64_t tokens, bool draws) {
+  struct Input {
+    const char* name;
+    ScalarType type;
+    std::vector<int32_t> sizes;
+  };
+  const int32_t length = static_cast<int32_t>(tokens);
+  std::vector<Input> inputs = {{"tokens", ScalarType::Long, {1, length}}};
+  if (single_method_) {
+    inputs.push_back({"input_pos", ScalarType::Long, {1}});
+  } else {
+    inputs.push_back({"positions", ScalarType::Long, {1, length}});
+  }
+  if (draws) inputs.push_back({"temperature", ScalarType::Float, {1}});
+
   const auto meta = module_.method_meta(method);
   if (!meta.ok()) refuse(method + " cannot be read (" + reason(meta.error()) + ")");
-  const std::string names[] = {"tokens", single_method_ ? "input_pos" : "positions"};
-  if (meta->num_inputs() != 2) {
-    refuse(method + " takes " + std::to_string(meta->num_inputs()) + " inputs, not " + names[0] + " and " + names[1]);
+  if (meta->num_inputs() != inputs.size()) {
+    std::vector<std::string> names;
+    for (const auto& input : inputs) names.push_back(input.name);
+    refuse(method + " takes " + std::to_string(meta->num_inputs()) + " inputs, not " + join(names));
   }
-  for (size_t i = 0; i < 2; ++i) {
-    const bool vector = single_method_ && i == 1;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const std::string name = method + ": " + inputs[i].name;
     const auto tag = meta->input_tag(i);
-    if (!tag.ok() || *tag != Tag::Tensor) refuse(method + ": " + names[i] + " is no tensor");
+    if (!tag.ok() || *tag != Tag::Tensor) refuse(name + " is no tensor");
     const auto info = meta->input_tensor_meta(i);
-    if (!info.ok()) refuse(method + ": " + names[i] + " cannot be read (" + reason(info.error()) + ")");
+    if (!info.ok()) refuse(name + " cannot be read (" + reason(info.error()) + ")");
     const auto sizes = info->sizes();
-    const bool fits = vector ? sizes.size() == 1 && sizes[0] == 1 : sizes.size() == 2 && sizes[0] == 1 && sizes[1] == tokens;
-    if (info->scalar_type() != ScalarType::Long || !fits) {
-      refuse(method + ": " + names[i] + " is " + describe(*info) + ", not Long " + (vector ? "[1]" : "[1, " + std::to_string(tokens) + "]") +
-             (tokens > 1 && !vector ? ", which get_max_prefill_chunk promises" : ""));
+    const std::vector<int32_t>& wanted = inputs[i].sizes;
+    if (info->scalar_type() != inputs[i].type ||
+        !std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end())) {
+      refuse(name + " is " + describe(info->scalar_type(), {sizes.begin(), sizes.end()}) + ", not " +
+             describe(inputs[i].type, wanted) + " (get_max_prefill_chunk is " +
+             std::to_string(metadata_.max_prefill_chunk) + ")");
     }
   }
+}
+
+bool Program::check_output(const std::string& method) {
+  const auto meta = module_.method_meta(method);
+  if (!meta.ok()) refuse(method + " cannot be read (" + reason(meta.error()) + ")");
   if (meta->num_outputs() != 1) refuse(method + " returns " + std::to_string(meta->num_outputs()) + " values, not one");
   const auto tag = meta->output_tag(0);
   if (!tag.ok() || *tag != Tag::Tensor) refuse(method + " returns no tensor");
   const auto info = meta->output_tensor_meta(0);
   if (!info.ok()) refuse(method + ": its output cannot be read (" + reason(info.error()) + ")");
-  if (info->scalar_type() == ScalarType::Long && elements(*info) == 1) return true;
-  if (!is_float(info->scalar_type()) || elements(*info) != metadata_.vocab_size) {
-    refuse(method + " returns " + describe(*info) + ", neither one token nor the logits of get_vocab_size = " +
-           std::to_string(metadata_.vocab_size) + " ids");
+  const auto sizes = info->sizes();
+  const int64_t elements = std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
+  if (method == "decode" && info->scalar_type() == ScalarType::Long && elements == 1) return true;
+  if (!is_float(info->scalar_type()) || elements != metadata_.vocab_size) {
+    refuse(method + " returns " + describe(info->scalar_type(), {sizes.begin(), sizes.end()}) +
+           ", not the logits of get_vocab_size = " + std::to_string(metadata_.vocab_size) + " ids");
   }
   return false;
 }
@@ -218,7 +245,8 @@ void Program::check_backends(const std::string& method) {
     if (!name.ok()) refuse(method + ": a backend has no name");
     const auto* backend = executorch::runtime::get_backend_class(*name);
     if (backend == nullptr) refuse(method + " needs the backend " + *name + ", which this runner does not have");
-    if (!backend->is_available()) refuse(method + " needs the backend " + *name + ", which does not work on this machine");
+    if (!backend->is_available())
+      refuse(method + " needs the backend " + *name + ", which does not work on this machine");
   }
 }
 
@@ -242,30 +270,33 @@ void Program::check_caches() {
   }
 }
 
-Next Program::run(const std::vector<int64_t>& tokens, int64_t position) {
+Next Program::run(const std::vector<int64_t>& tokens, int64_t position, double temperature) {
   const int32_t count = static_cast<int32_t>(tokens.size());
-  std::vector<int64_t> ids = tokens;
-  std::vector<int64_t> positions(single_method_ ? 1 : tokens.size());
-  std::iota(positions.begin(), positions.end(), position);
-  const auto ids_tensor = from_blob(ids.data(), {1, count}, ScalarType::Long);
-  const auto positions_tensor = single_method_ ? from_blob(positions.data(), {1}, ScalarType::Long)
-                                               : from_blob(positions.data(), {1, count}, ScalarType::Long);
   const std::string method = single_method_ ? "forward" : count == 1 ? "decode" : "prefill";
-  clear_log();
-  const auto outputs = module_.execute(method, {EValue(ids_tensor), EValue(positions_tensor)});
   const std::string where = method + " at position " + std::to_string(position);
-  if (!outputs.ok()) throw std::runtime_error(where + " failed (" + reason(outputs.error()) + ")");
-  const auto& tensor = (*outputs)[0].toTensor();
-  Next next;
-  if (tensor.scalar_type() == ScalarType::Long) {
-    next.token = tensor.const_data_ptr<int64_t>()[0];
-    if (*next.token < 0 || *next.token >= metadata_.vocab_size) {
-      throw std::runtime_error(where + " drew " + std::to_string(*next.token) + ", which is no token: the logits may be NaN");
-    }
+  // Tensors that only point at these.
+  std::vector<int64_t> ids = tokens;
+  std::vector<int64_t> positions(single_method_ ? 1 : ids.size());
+  std::iota(positions.begin(), positions.end(), position);
+  float heat = static_cast<float>(temperature);
+  std::vector<TensorPtr> inputs = {from_blob(ids.data(), {1, count}, ScalarType::Long)};
+  if (single_method_) {
+    inputs.push_back(from_blob(positions.data(), {1}, ScalarType::Long));
   } else {
-    next.logits = to_floats(tensor);
+    inputs.push_back(from_blob(positions.data(), {1, count}, ScalarType::Long));
   }
-  return next;
+  if (draws_ && method == "decode") inputs.push_back(from_blob(&heat, {1}, ScalarType::Float));
+
+  clear_log();
+  const auto outputs = module_.execute(method, std::vector<EValue>(inputs.begin(), inputs.end()));
+  if (!outputs.ok()) throw std::runtime_error(where + " failed (" + reason(outputs.error()) + ")");
+  const auto& tensor = outputs->at(0).toTensor();
+  if (tensor.scalar_type() != ScalarType::Long) return {std::nullopt, to_floats(tensor)};
+  const int64_t token = tensor.const_data_ptr<int64_t>()[0];
+  if (token < 0) throw std::runtime_error("the logits are NaN");
+  if (token >= metadata_.vocab_size)
+    throw std::runtime_error(where + " drew " + std::to_string(token) + ", which is no token");
+  return {token, {}};
 }
 
 }  // namespace gemma4

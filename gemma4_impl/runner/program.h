@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -34,22 +35,25 @@ class Program {
   static std::unique_ptr<Program> open(const std::filesystem::path& folder, bool lock);
 
   const Metadata& metadata() const { return metadata_; }
-  // Whether decode draws the token.
-  bool samples() const { return samples_; }
+  // Whether decode draws the token, from its largest `top_k` ones unless that is 0; prefill returns logits all the
+  // same.
+  bool draws() const { return draws_; }
+  int64_t top_k() const { return top_k_; }
   // Whether the weights are kept in memory.
   bool locked() const { return locked_; }
 
-  // Takes 1 to max_prefill_chunk tokens, the first of them at `position`.
-  // Throws std::runtime_error if ExecuTorch fails, or returns what is no token.
-  Next run(const std::vector<int64_t>& tokens, int64_t position);
+  // Takes 1 to max_prefill_chunk tokens, the first of them at `position`. A program that draws does so at
+  // `temperature`. Throws std::runtime_error if ExecuTorch fails, or there is no token to draw.
+  Next run(const std::vector<int64_t>& tokens, int64_t position, double temperature);
 
  private:
   Program(const std::filesystem::path& folder, bool lock);
 
   void read_metadata();
   void check_methods();
-  // Whether the method draws the token.
-  bool check_method(const std::string& method, int64_t tokens);
+  void check_inputs(const std::string& method, int64_t tokens, bool draws);
+  // Whether the method returns a token, not logits.
+  bool check_output(const std::string& method);
   void check_backends(const std::string& method);
   void check_caches();
   std::vector<int64_t> constants(const std::string& name);
@@ -59,7 +63,8 @@ class Program {
   std::string path_;
   bool locked_;
   bool single_method_ = false;  // forward(tokens, input_pos), not prefill and decode
-  bool samples_ = false;
+  bool draws_ = false;
+  int64_t top_k_ = 0;
   Metadata metadata_{};
   executorch::extension::Module module_;
 };
