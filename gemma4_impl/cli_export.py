@@ -32,7 +32,7 @@ BACKENDS = ("xnnpack", "mlx", "cuda")
 @click.option("--backend", type=click.Choice(BACKENDS), help="What runs the program.")
 @click.option("--max-seq-len", type=click.IntRange(min=1), help="Context length.  [default: 4096, or the model's]")
 @click.option("--max-prefill-chunk", type=click.IntRange(min=1), help="Most tokens in one call.  [default: 512]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="[default: the checkpoint's]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="[default: the backend's]")
 @click.option("--vision", is_flag=True, help="With the vision tower, as methods of their own.")
 @click.option("--taps", is_flag=True, help="The program also returns its taps (mlx), for `gemma4 parity`.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder to write; new.")
@@ -88,6 +88,7 @@ def export_command(
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @prompt_options
 @sampling_options
+@click.option("--runner", is_flag=True, help="Run it in the C++ runner that `make runner` builds.")
 def run_command(
     folder: Path,
     prompt: str | None,
@@ -99,13 +100,16 @@ def run_command(
     top_k: int,
     top_p: float,
     seed: int | None,
+    runner: bool,
 ) -> None:
     """Generate text with the program that `gemma4 export` wrote to the folder DIR.
 
-    XNNPACK programs run on ExecuTorch, MLX ones on MLX, CUDA ones on the GPU. The text goes to stdout as it comes, one
-    line with the speed to stderr.
+    XNNPACK programs run on ExecuTorch, MLX ones node by node on MLX, CUDA ones on the GPU. The text goes to stdout as
+    it comes, one line with the speed to stderr.
     """
     what = prompt_or_tokens(prompt, tokens)
+    if runner and images:
+        raise click.UsageError("--runner takes no --image", click.get_current_context())
 
     from gemma4_impl.generation import Sampling
 
@@ -113,10 +117,14 @@ def run_command(
 
     from gemma4_impl.export import run
 
-    exported, session, tokenizer = run.open_program(folder)
-    encoder = run.open_encoder(exported, session) if images else None
+    if runner:
+        generate = functools.partial(run.generate_in_runner, *run.open_texts(folder))
+    else:
+        exported, session, tokenizer = run.open_program(folder)
+        encoder = run.open_encoder(exported, session) if images else None
+        generate = functools.partial(run.generate, exported, session, tokenizer, images=images, encoder=encoder)
     show_generation(
-        functools.partial(run.generate, exported, session, tokenizer, encoder=encoder),
+        generate,
         what,
         stats_line,
         max_new_tokens=max_new_tokens,
@@ -125,7 +133,6 @@ def run_command(
         top_p=top_p,
         seed=seed,
         chat=not raw,
-        images=images,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gemma4_impl.checkpoint import Weights, check_fits, open_checkpoint
+from gemma4_impl.checkpoint import check_fits, open_checkpoint
 from gemma4_impl.config import TextConfig
 from gemma4_impl.export.folder import BACKENDS, CONFIG, Lowered, Manifest, Settings, dtype_name, hash_files
 from gemma4_impl.export.source import Source, open_source
@@ -30,6 +30,8 @@ MODULES = {name: f"gemma4_impl.export.{name}" for name in BACKENDS}
 """The module of each backend: `check` refuses what it does not support, `lower` makes a program of a model,
 `open_session` runs one."""
 DEFAULT_SEQ_LEN, DEFAULT_CHUNK = 4096, 512
+DEFAULT_DTYPES = {"xnnpack": torch.float32, "cuda": torch.bfloat16}
+"""What a backend's programs compute in; those of others in the weights' own."""
 
 _PACKAGES = ("executorch", "torchao")
 _VERSIONS = ("gemma4-parity", "torch", "executorch", "torchao", "mlx")
@@ -54,7 +56,7 @@ def export(
     Args:
         max_seq_len: tokens of context; by default 4096, or what the model allows if that is less.
         max_prefill_chunk: the most tokens in one call; by default 512, or max_seq_len if that is less.
-        dtype: what the program computes in; by default the weights' own.
+        dtype: what the program computes in; by default as `DEFAULT_DTYPES` says.
         vision: also the vision tower, as methods of their own.
         taps: the program also returns the model's taps, where the backend can.
         progress: whether loading shows a bar on a terminal.
@@ -73,7 +75,8 @@ def export(
         check_fits(Gemma4(weights.config), weights)
     tokenizer = Tokenizer.from_pretrained(source)
     check_tokenizer(tokenizer, weights.config)
-    settings = make_settings(weights, tokenizer, max_seq_len, max_prefill_chunk, dtype, taps)
+    dtype = dtype or DEFAULT_DTYPES.get(backend, weights.dtype)
+    settings = make_settings(weights.config, tokenizer, max_seq_len, max_prefill_chunk, dtype, taps)
     if vision:
         _check_vision(source)
     if hasattr(module, "check"):
@@ -125,21 +128,21 @@ def load_backend(backend: str, packages: Sequence[str]) -> ModuleType:
 
 
 def make_settings(
-    weights: Weights,
+    config: TextConfig,
     tokenizer: Tokenizer,
     max_seq_len: int | None,
     max_prefill_chunk: int | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     taps: bool,
 ) -> Settings:
     """The settings with what is left open filled in. Raises ValueError for more context than the model has."""
-    most = weights.config.max_position_embeddings
+    most = config.max_position_embeddings
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_SEQ_LEN, most)
     elif max_seq_len > most:
         raise ValueError(f"max_seq_len = {max_seq_len} exceeds the model's max_position_embeddings = {most}")
     chunk = min(DEFAULT_CHUNK, max_seq_len) if max_prefill_chunk is None else max_prefill_chunk
-    return Settings(max_seq_len, chunk, dtype or weights.dtype, taps, tuple(sorted(tokenizer.stop_ids)))
+    return Settings(max_seq_len, chunk, dtype, taps, tuple(sorted(tokenizer.stop_ids)))
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:

@@ -1,7 +1,7 @@
 """Generation with an exported program: the prompt in chunks that it takes, token by token then, sampled on the host."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +27,8 @@ class Session(Protocol):
     length: int
     """Tokens fed since the start or the last reset."""
     taps: bool
-    """Whether `forward(..., taps=True)` gives (logits, taps by name)."""
+    """Whether `forward(..., taps=True)` gives (logits, taps by name). The session of a program that draws its tokens
+    itself (CUDA) also has `top_k`, `start` and `decode`."""
 
     def forward(self, tokens: Tensor, position: int) -> Tensor:
         """tokens int64 [1, T], T up to the chunk, of which the first is at `position` -> the last one's logits [1, V]
@@ -43,10 +44,15 @@ def open_session(folder: Path, manifest: Manifest) -> Session:
 
 
 def open_program(path: str | Path) -> tuple[Exported, Session, Tokenizer]:
-    """An exported folder, ready to run. Raises as `open_folder`, `open_session` and the tokenizer do."""
-    exported = open_folder(path)
-    tokenizer = Tokenizer.from_pretrained(exported.folder)
+    """An exported folder, ready to run. Raises as `open_texts` and `open_session` do."""
+    exported, tokenizer = open_texts(path)
     return exported, open_session(exported.folder, exported.manifest), tokenizer
+
+
+def open_texts(path: str | Path) -> tuple[Exported, Tokenizer]:
+    """An exported folder and its tokenizer, without the program. Raises as `open_folder` and the tokenizer do."""
+    exported = open_folder(path)
+    return exported, Tokenizer.from_pretrained(exported.folder)
 
 
 def open_encoder(exported: Exported, session: Session) -> "ImagePrompts":
@@ -96,10 +102,7 @@ def generate(
     sampling, manifest = Sampling(temperature, top_k, top_p, seed), exported.manifest
     start = time.perf_counter()
     ids, processed = prompt_ids(tokenizer, prompt, chat, images, encoder)
-    if len(ids) > (most := manifest.max_seq_len):
-        raise ValueError(f"the prompt has {len(ids)} tokens but the program holds {most}; shorten it or export it anew")
-    limit = check_prompt(exported.config, ids, most)
-    transcript = Transcript(tokenizer, manifest.eos_ids, max_new_tokens, limit - len(ids), stream)
+    transcript = _transcript(exported, tokenizer, ids, max_new_tokens, stream)
     tokens, soft = torch.tensor([ids]), None
     if processed is not None:
         soft = encoder.merge(tokens, encoder.encode(processed), manifest.dtype)
@@ -113,8 +116,15 @@ def generate(
     first = time.perf_counter()
     interrupted = False
     try:
-        while transcript.add([new]):
-            new = draw(session.forward(torch.tensor([[new]]), session.length))
+        if transcript.add([new]):
+            if _draws(session, sampling):
+                session.start(new, sampling)
+                drawn = session.decode(transcript.left)
+            else:
+                drawn = _decode(session, new, draw)
+            for new in drawn:
+                if not transcript.add([new]):
+                    break
     except KeyboardInterrupt:
         interrupted = True
     seconds = time.perf_counter() - first
@@ -123,3 +133,58 @@ def generate(
     if interrupted:
         raise Interrupted(result)
     return result
+
+
+def generate_in_runner(
+    exported: Exported,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    chat: bool = True,
+    stream: Callable[[str], None] | None = None,
+) -> Generation:
+    """`generate` in the C++ runner, which samples with random numbers of its own. Raises ValueError as that does, and
+    for what the runner refuses; RuntimeError if it fails."""
+    from gemma4_impl import runner
+
+    ids, _ = prompt_ids(tokenizer, prompt, chat, (), None)
+    transcript = _transcript(exported, tokenizer, ids, max_new_tokens, stream)
+    done = runner.generate(
+        exported.folder,
+        ids,
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p, seed),
+        bos="any",
+        stream=lambda token: transcript.add([token]) and None,
+    )
+    transcript.finish()
+    return transcript.generation(len(ids), done.prefill_seconds, done.decode_seconds, 0, False)
+
+
+def _transcript(
+    exported: Exported, tokenizer: Tokenizer, ids: Sequence[int], max_new_tokens: int, stream: Callable | None
+) -> Transcript:
+    manifest = exported.manifest
+    if len(ids) > (most := manifest.max_seq_len):
+        raise ValueError(f"the prompt has {len(ids)} tokens but the program holds {most}; shorten it or export it anew")
+    check_prompt(exported.config, ids, most)
+    return Transcript(tokenizer, manifest.eos_ids, max_new_tokens, most - len(ids), stream)
+
+
+def _draws(session: Session, sampling: Sampling) -> bool:
+    """Whether the program draws its tokens itself, in this way."""
+    if not hasattr(session, "start"):
+        return False
+    return sampling.temperature == 0 or (sampling.top_k == session.top_k and sampling.top_p in (None, 1))
+
+
+def _decode(session: Session, token: int, draw: Callable[[Tensor], int]) -> Iterator[int]:
+    """What follows `token`, drawn on the host."""
+    while True:
+        token = draw(session.forward(torch.tensor([[token]]), session.length))
+        yield token

@@ -17,7 +17,9 @@ from gemma4_impl.export import front
 from gemma4_impl.export.folder import MANIFEST, PROGRAM
 from gemma4_impl.export.inspect import inspect
 from gemma4_impl.generate import generate
+from gemma4_impl.generation import Sampling, encode_prompt
 from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.runner import Run
 from gemma4_impl.tokenizer import Tokenizer
 
 
@@ -117,6 +119,36 @@ def test_run_refuses(exported, tmp_path, monkeypatch):
     assert_one_line_error(run("run", damaged, "--tokens", "1"), "backend 'vulkan' is unknown")
     monkeypatch.setattr(front.importlib.util, "find_spec", lambda name: None)
     assert_one_line_error(run("run", out, "--tokens", "1"), "executorch", "pip install 'gemma4-parity[export]'")
+
+
+def test_the_runner_gets_the_prompt_and_streams(exported, monkeypatch):
+    out, _ = exported
+    asked = {}
+
+    def continued(folder, tokens, max_new_tokens, sampling, *, bos, stream):
+        asked.update(folder=folder, tokens=tokens, count=max_new_tokens, sampling=sampling, bos=bos)
+        for token in (70, 80, 1):
+            stream(token)
+        return Run((70, 80, 1), len(tokens), "eos", 0.1, 0.25, 0.5, False)
+
+    monkeypatch.setattr("gemma4_impl.runner.generate", continued)
+    result = run("run", out, "--runner", "--prompt", "An old house", "--seed", 3, "--max-new-tokens", 7)
+    assert result.exit_code == 0, result.output
+    tokenizer = Tokenizer.from_pretrained(out)
+    assert asked == {
+        "folder": out,
+        "tokens": encode_prompt(tokenizer, "An old house"),
+        "count": 7,
+        "sampling": Sampling(1.0, 64, 0.95, 3),
+        "bos": "any",
+    }
+    assert result.stdout == tokenizer.decode([70, 80]) + "\n"
+    assert "first token after 0.250 s" in result.stderr
+    assert result.stderr.endswith("new 3 tokens, 4.0 tokens/s; stop: eos\n")
+    assert_one_line_error(run("run", out, "--runner", "--tokens", "7", "--image", "a.png"), "--runner takes no --image")
+    assert_one_line_error(
+        run("run", out, "--runner", "--tokens", ",".join("7" * 65)), "65 tokens but the program holds 64"
+    )
 
 
 class Half(nn.Module):

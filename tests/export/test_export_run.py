@@ -1,6 +1,7 @@
 """Generation with a program equals generation with the model, whatever the chunk; the folder holds what it says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,11 +223,41 @@ def test_an_error_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 def test_defaults(source):
-    weights, tokenizer = open_checkpoint(source), Tokenizer.from_pretrained(source)
-    filled = front.make_settings(weights, tokenizer, None, None, None, False)
-    assert (filled.max_seq_len, filled.max_prefill_chunk, filled.dtype) == (512, 512, torch.float32)
-    filled = front.make_settings(weights, tokenizer, 100, None, torch.bfloat16, True)
-    assert (filled.max_seq_len, filled.max_prefill_chunk, filled.dtype, filled.taps) == (100, 100, torch.bfloat16, True)
+    config, tokenizer = TextConfig.from_file(source), Tokenizer.from_pretrained(source)
+    filled = front.make_settings(config, tokenizer, None, None, torch.float32, False)
+    assert (filled.max_seq_len, filled.max_prefill_chunk, filled.taps) == (512, 512, False)
+    filled = front.make_settings(config, tokenizer, 100, None, torch.bfloat16, True)
+    assert (filled.max_seq_len, filled.max_prefill_chunk, filled.taps) == (100, 100, True)
+    long = front.make_settings(
+        replace(config, max_position_embeddings=10**6), tokenizer, None, None, torch.float32, False
+    )
+    assert (long.max_seq_len, long.max_prefill_chunk) == (4096, 512)
+
+
+def test_a_program_that_draws_itself(opened, monkeypatch):
+    """It is asked for what it can draw; the host draws the rest."""
+    exported, session, tokenizer = opened
+    started = []
+
+    def decode(steps):
+        token = started[-1][0]
+        for _ in range(steps):
+            token = int(session.forward(torch.tensor([[token]]), session.length).argmax())
+            yield token
+
+    want = run.generate(exported, session, tokenizer, [5, 9, 11], temperature=0, max_new_tokens=12)
+    monkeypatch.setattr(session, "top_k", None, raising=False)
+    monkeypatch.setattr(session, "start", lambda *args: started.append(args), raising=False)
+    monkeypatch.setattr(session, "decode", decode, raising=False)
+    got = run.generate(exported, session, tokenizer, [5, 9, 11], temperature=0, max_new_tokens=12)
+    assert got.tokens == want.tokens
+    assert [token for token, _ in started] == [want.tokens[0]]
+    run.generate(exported, session, tokenizer, [5, 9, 11], max_new_tokens=3)
+    run.generate(exported, session, tokenizer, [5, 9, 11], top_p=1.0, max_new_tokens=3)
+    assert len(started) == 3
+    run.generate(exported, session, tokenizer, [5, 9, 11], top_p=0.9, max_new_tokens=3)
+    run.generate(exported, session, tokenizer, [5, 9, 11], top_k=7, max_new_tokens=3)
+    assert len(started) == 3
 
 
 def test_a_manifest_is_text_that_people_can_read(folder):
