@@ -85,6 +85,12 @@ class Machine:
             mx.zeros(shape, dtype) for dtype, shape in map(self._types.get, self._buffers)
         ]
 
+    @property
+    def signature(self) -> list[tuple[mx.Dtype, tuple[int, ...]]]:
+        """dtype and shape of each input, in the method's order; a size that may vary is the least one."""
+        tids = dict(self._inputs)
+        return [self._types[tids[number].index] for number in sorted(tids)]
+
     def run(
         self, inputs: Sequence[mx.array], taps: Mapping[str, Tap] | None = None
     ) -> tuple[list[mx.array], dict[str, mx.array]]:

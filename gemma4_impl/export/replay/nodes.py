@@ -242,17 +242,19 @@ def split(x: mx.array, sizes: list[int], axis: int) -> list[mx.array]:
 def _span(x: mx.array, axis: int, start: int, stop: int, step: int) -> tuple[int, range]:
     """The dimension, and the places in it, of x[start:stop:step]: bounds count from the end and are cut as usual."""
     axis = axis_of(x, axis)
-    at_least(1, step=step)
+    if step == 0:
+        raise ValueError("step = 0")
     return axis, range(*slice(start, stop, step).indices(x.shape[axis]))
-
-
-def _along(axis: int, places: range) -> tuple[slice, ...]:
-    return (*[slice(None)] * axis, slice(places.start, max(places.start, places.stop), places.step))
 
 
 @op("SliceNode", "x axis start stop step")
 def slice_(x: mx.array, axis: int, start: int, stop: int, step: int) -> mx.array:
-    return x[_along(*_span(x, axis, start, stop, step))]
+    axis, places = _span(x, axis, start, stop, step)
+    if not places:
+        return x[(*[slice(None)] * axis, slice(0, 0))]
+    # Backwards to the first place is up to None: -1 would be the last.
+    end = places.stop if places.stop >= 0 else None
+    return x[(*[slice(None)] * axis, slice(places.start, end, step))]
 
 
 @op("SliceUpdateNode", "dst update axis start stop step")

@@ -12,6 +12,8 @@ from gemma4_impl.errors import short
 from gemma4_impl.export.folder import PROGRAM, Manifest
 from gemma4_impl.export.replay.machine import Machine, Tap
 from gemma4_impl.export.replay.pte import Pte, open_pte
+from gemma4_impl.export.vision import ends_of
+from gemma4_impl.model.soft_tokens import SoftTokens
 
 METHOD = "forward"
 
@@ -30,6 +32,9 @@ class Session:
         self.manifest, self.length = manifest, 0
         self._pte, self._others = pte, {}
         self._machine = Machine(pte, METHOD)
+        ranks = [len(shape) for _, shape in self._machine.signature]
+        if ranks not in ([2, 1], [2, 1, 3, 2]):
+            raise ValueError(f"{METHOD} takes inputs of {ranks} dimensions, not tokens and a position")
         self._taps = _taps(manifest.extra.get("taps", {}), self._machine)
 
     @property
@@ -37,23 +42,41 @@ class Session:
         """Whether `forward(..., taps=True)` works."""
         return bool(self._taps)
 
-    def forward(self, tokens: Tensor, position: int, taps: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, tokens: Tensor, position: int, images: SoftTokens | None = None, taps: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """tokens int64 [1, T], the first at `position`, which is `length` -> float32 logits [1, V] of the last one.
 
-        With `taps` also the taps of the vocabulary, [1, T, ...] in the program's dtype, or [1, 1, ...] of the last
-        token where nothing else was computed. Raises ValueError for input that does not fit, and as `Machine.run`."""
+        Args:
+            images: the soft tokens in this chunk, for a program with a vision tower.
+            taps: also return the taps of the vocabulary, [1, T, ...] in the program's dtype, or [1, 1, ...] of the last
+                token where nothing else was computed.
+        Raises ValueError for input that does not fit, and as `Machine.run`."""
         self._check(tokens, position)
         if taps and not self._taps:
             raise ValueError("the program was exported without taps")
         wanted = {name: tap for name, (tap, _) in self._taps.items()} if taps else {}
-        # `run` computes what it returns; a token id array is small.
-        inputs = [to_mlx(tokens), mx.array([position], mx.int64)]
+        inputs = [to_mlx(tokens), mx.array([position], mx.int64), *self._images(images, position, tokens.shape[1])]
         (logits, *_), seen = self._machine.run(inputs, wanted)
         self.length += tokens.shape[1]
         out = to_torch(logits).float().reshape(1, -1)
         if not taps:
             return out
         return out, {name: _permuted(to_torch(value), self._taps[name][1]) for name, value in seen.items()}
+
+    def _images(self, images: SoftTokens | None, position: int, length: int) -> list[mx.array]:
+        """The further inputs of a program with a vision tower: embeds [1, T, D], and ends [1, T], -1 at text."""
+        if len(self._machine.signature) == 2:
+            if images is not None:
+                raise ValueError("the program was exported without a vision tower")
+            return []
+        dtype, (_, _, D) = self._machine.signature[2]
+        if images is None:
+            return [mx.zeros((1, length, D), dtype), mx.full((1, length), -1, mx.int64)]
+        if images.mask.shape != (1, length):
+            raise ValueError(f"soft tokens of shape {list(images.mask.shape)} for a chunk of {length} tokens")
+        positions = torch.arange(position, position + length)[None]
+        return [to_mlx(images.embeds).astype(dtype), to_mlx(ends_of(images, positions))]
 
     def reset(self) -> None:
         """Forgets everything: the next token is at position 0."""
