@@ -37,9 +37,9 @@ def lower(
     With a tower also the method `vision`; `forward` then takes `embeds` [1, T, D] and `ends` [1, T] too, in every call,
     because methods of the MLX backend share no caches (`export.vision.ImageStep` says what they are).
     `Lowered.extra["taps"]` says where the program has each tap: after an instruction of a chain, in a tensor, whose
-    dims `axes` bring into the usual order; `last` if only the chunk's last position is computed. `extra["nodes"]` counts
-    the instructions of each kind. Raises ValueError for
-    what MLX cannot hold, and if a single node was not lowered."""
+    dims `axes` bring into the usual order; `last` if only the chunk's last position is computed. `extra["nodes"]`
+    counts the instructions of each kind. Raises ValueError for what MLX cannot hold, and if a single node was not
+    lowered."""
     report = report or (lambda line: None)
     import_mlx_backend()
     if tower is not None:
@@ -96,7 +96,7 @@ def trace(program: MlxGemma4, takes_images: bool = False) -> ExportedProgram:
     tokens, ends = (torch.zeros(1, T, dtype=torch.long) for _ in range(2))
     example = [tokens, torch.zeros(1, dtype=torch.long)]
     length = {1: Dim("length", min=1, max=chunk)} if chunk > 1 else None
-    dynamic = {"tokens": length, "input_pos": None, "embeds": None, "ends": None}
+    dynamic = {"tokens": length, "input_pos": None}
     if takes_images:
         example += [torch.zeros(1, T, model.config.hidden_size, dtype=model.dtype), ends]
         dynamic |= {"embeds": length, "ends": length}

@@ -4,8 +4,10 @@ While a model is traced, an operator marks each tap's value. The marks are taken
 the node that computed the value keeps the tap's name in its metadata, which passes hand on. What the program builder
 emits for that node is where the tap can be read: after one instruction, in one tensor."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from gemma4_impl import taps
 from gemma4_impl.export.mlx.bindings import import_mlx_backend
 
 _KEY = "gemma4_tap"
+_ORIGINS = ("from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
 
 
 @torch.library.custom_op("gemma4_export::tap", mutates_args=())
@@ -48,9 +51,11 @@ def marking():
 
 
 def unmark(program: ExportedProgram) -> list[str]:
-    """Takes the marks out of a program; returns the names of the taps."""
+    """Takes the marks out of a program, and what passes copy at length; returns the names of the taps."""
     graph, names = program.graph_module.graph, []
     for node in list(graph.nodes):
+        for key in _ORIGINS:
+            node.meta.pop(key, None)
         if node.target == torch.ops.gemma4_export.tap.default:
             value, name = node.args
             value.meta.setdefault("custom", {})[_KEY] = name
@@ -82,13 +87,23 @@ def _name(node: Any) -> str | None:
     return node.meta.get("custom", {}).get(_KEY)
 
 
+@dataclass
+class Found:
+    """What a program was built of."""
+
+    taps: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Each tap's chain, instruction and tensor."""
+    nodes: Counter[str] = field(default_factory=Counter)
+    """How many instructions there are of each kind."""
+
+
 @contextmanager
-def finding() -> Iterator[dict[str, dict[str, int]]]:
-    """Inside, one program is lowered; afterwards the result has each tap's chain, instruction and tensor."""
+def finding() -> Iterator[Found]:
+    """Inside, one program is lowered; afterwards the result knows it."""
     import_mlx_backend()
     from executorch.backends.mlx import preprocess
 
-    found: dict[str, dict[str, int]] = {}
+    found = Found()
 
     class Builder(preprocess.MLXProgramBuilder):
         def __init__(self, *args: Any, **kwargs: Any):
@@ -105,7 +120,8 @@ def finding() -> Iterator[dict[str, dict[str, int]]]:
         def build(self) -> Any:
             graph = super().build()
             for name, (chain, at, slot) in self.taps.items():
-                found[name] = {"chain": chain, "instruction": at, "tensor": self._slot_to_final_tid[slot]}
+                found.taps[name] = {"chain": chain, "instruction": at, "tensor": self._slot_to_final_tid[slot]}
+            found.nodes.update(type(one.op).__name__ for chain in self._chains for one in chain)
             return graph
 
     usual, preprocess.MLXProgramBuilder = preprocess.MLXProgramBuilder, Builder

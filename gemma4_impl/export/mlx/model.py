@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from gemma4_impl import taps
 from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
 from gemma4_impl.export.mlx.bindings import import_mlx_backend
+from gemma4_impl.export.source import quantized_weights
 from gemma4_impl.model.decoder import KV, Attention, Gemma4
 from gemma4_impl.model.moe import Experts, Router
 from gemma4_impl.model.rope import inverse_frequencies
+from gemma4_impl.quant.tensor import QuantizedTensor
 
 HEADS_FIRST = ("self_attn.q", "self_attn.k", "self_attn.v")
 """Ends the names of the taps that are [B, N, T, H] here, not [B, T, N, H]."""
@@ -173,22 +175,35 @@ class MlxExperts(nn.Module):
     def __init__(self, experts: Experts):
         super().__init__()
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+        self.quantized = dict(getattr(experts, "quantized", {}))
+        self.held: dict[str, tuple[int, int]] = {}
+
+    def hold(self, leaf: str, weight: QuantizedTensor, scale: Tensor, zero: Tensor) -> None:
+        """Makes `weight` [E, N, K] the experts' `leaf`; scale and zero are [E, N, K / G] of its signed codes."""
+        delattr(self, leaf)
+        for name, tensor in {"codes": weight.qdata, "scale": scale, "zero": zero}.items():
+            self.register_buffer(f"{leaf}_{name}", tensor)
+        self.held[leaf] = weight.bits, weight.shape[-1] // scale.shape[-1]
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """x [1, T, D], weights and int32 index [1, T, k] -> [1, T, D]."""
         index = index[0]
-        gate_up = self._product(x[0][:, None, None], self.gate_up_proj, index)
+        gate_up = self._product(x[0][:, None, None], "gate_up_proj", index)
         gate, up = gate_up.chunk(2, dim=-1)
-        y = self._product(F.gelu(gate, approximate="tanh") * up, self.down_proj, index)
+        y = self._product(F.gelu(gate, approximate="tanh") * up, "down_proj", index)
         y = (y[:, :, 0] * weights[0][..., None]).sum(dim=1)
         return y.type_as(x)[None]
 
-    def _product(self, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """x [T, 1 or k, 1, K], weight [E, N, K], index [T, k] -> [T, k, 1, N]."""
-        return torch.ops.mlx.gather_mm(x, weight.transpose(1, 2), index)
+    def _product(self, x: Tensor, leaf: str, index: Tensor) -> Tensor:
+        """x [T, 1 or k, 1, K], index [T, k] -> [T, k, 1, N], by the weight [E, N, K]."""
+        if leaf not in self.held:
+            return torch.ops.mlx.gather_mm(x, getattr(self, leaf).transpose(1, 2), index)
+        bits, group = self.held[leaf]
+        codes, scale, zero = (self.get_buffer(f"{leaf}_{name}") for name in ("codes", "scale", "zero"))
+        return torch.ops.mlx.gather_qmm(x, codes, scale, zero, index, None, True, group, bits)
 
 
 def _share(model: Gemma4) -> Gemma4:
-    """The same modules anew, on the same parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """The same modules anew, on the same parameters, buffers and quantized weights."""
+    tensors = [*model.parameters(), *model.buffers(), *quantized_weights(model).values()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
