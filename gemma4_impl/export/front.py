@@ -78,7 +78,7 @@ def export(
     dtype = dtype or DEFAULT_DTYPES.get(backend, weights.dtype)
     settings = make_settings(weights.config, tokenizer, max_seq_len, max_prefill_chunk, dtype, taps)
     if vision:
-        _check_vision(source)
+        _check_vision(source, weights.config, settings)
     if hasattr(module, "check"):
         module.check(weights.config, settings, vision)
     opened = open_source(weights, settings.dtype, progress)
@@ -157,12 +157,14 @@ def check_tokenizer(tokenizer: Tokenizer, config: TextConfig) -> None:
         )
 
 
-def _check_vision(source: Path) -> None:
-    from gemma4_impl.vision.tower import open_tower
+def _check_vision(source: Path, config: TextConfig, settings: Settings) -> None:
+    from gemma4_impl.export.vision import check_images
+    from gemma4_impl.vision.tower import ImagePrompts, open_tower
 
     if not source.is_dir():
         raise ValueError(f"{source}: --vision needs a multimodal checkpoint folder; a GGUF file has no image processor")
-    open_tower(source)
+    _, tower, processor = open_tower(source)
+    check_images(config, ImagePrompts(tower, processor), settings)
 
 
 def _load_tower(source: Path, dtype: torch.dtype) -> "ImageEncoder":
