@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ BACKENDS = ("xnnpack", "mlx", "cuda")
 @click.option("--max-prefill-chunk", type=click.IntRange(min=1), help="Most tokens in one call.  [default: 512]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="[default: the backend's]")
 @click.option("--vision", is_flag=True, help="With the vision tower, as methods of their own.")
-@click.option("--taps", is_flag=True, help="The program also returns its taps (mlx), for `gemma4 parity`.")
+@click.option("--taps", is_flag=True, help="The program also returns its taps (xnnpack), for `gemma4 parity`.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder to write; new.")
 @click.option("--inspect", "inspected", type=click.Path(path_type=Path), help="Show what is in this .pte file instead.")
 @click.option("--json", "as_json", is_flag=True, help="With --inspect: print a JSON object.")
@@ -162,8 +163,6 @@ def summary(manifest: "Manifest", out: Path) -> list[str]:
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
     """A line on stderr, if that is a terminal, with what is being done and for how long."""
-    import sys
-
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gemma4_impl import cli_export
 from gemma4_impl.cli import cli
-from gemma4_impl.export import front
+from gemma4_impl.export import folder, front
 from gemma4_impl.export.folder import MANIFEST, PROGRAM
 from gemma4_impl.export.inspect import inspect
 from gemma4_impl.generate import generate
@@ -51,6 +52,10 @@ def exported(tiny, tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     return out, result.stdout
+
+
+def test_the_backends_are_those_of_the_manifest():
+    assert cli_export.BACKENDS == folder.BACKENDS == tuple(front.MODULES)
 
 
 def test_export_says_what_it_wrote(exported):
