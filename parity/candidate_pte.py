@@ -28,9 +28,8 @@ class ProgramCandidate:
 
     name = "pte"
 
-    def __init__(self, session: Session, config: TextConfig, max_chunk: int, tapped: bool | None = None):
-        self.session, self.config, self.max_chunk = session, config, max_chunk
-        self.tapped = bool(getattr(session, "taps", False)) if tapped is None else tapped
+    def __init__(self, session: Session, config: TextConfig, max_chunk: int, tapped: bool = False):
+        self.session, self.config, self.max_chunk, self.tapped = session, config, max_chunk, tapped
         self.chunks: Sequence[int] = RAGGED
         """Sizes of the chunks that the chunked path feeds, in turn, cut to what the program takes."""
 

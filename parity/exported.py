@@ -88,8 +88,9 @@ def open_program(path: Path) -> tuple[ProgramCandidate, Manifest]:
     `open_session` do."""
     exported = open_folder(path)
     check_program(exported)
-    session = open_session(exported.folder, exported.manifest)
-    return ProgramCandidate(session, exported.config, exported.manifest.max_prefill_chunk), exported.manifest
+    manifest, session = exported.manifest, open_session(exported.folder, exported.manifest)
+    tapped = bool(getattr(session, "taps", manifest.taps))
+    return ProgramCandidate(session, exported.config, manifest.max_prefill_chunk, tapped), manifest
 
 
 def check(programs: Sequence[Program], dtypes: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:

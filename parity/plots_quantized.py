@@ -14,7 +14,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from parity.plots import BAD, LINE, MUTED, STYLE, path_colour, power, svg
 from parity.quantized import Split
 
-STAGES = {"weights": BAD, "packed bfloat16": path_colour(3), "packed float32": path_colour(0)}
+STAGES = {
+    "weights": BAD,
+    "activations": path_colour(4),
+    "packed bfloat16": path_colour(3),
+    "packed float16": path_colour(2),
+    "packed float32": path_colour(0),
+}
 """Stage -> its line's colour; stage B, dequantized, is dotted."""
 _DENSE = path_colour(1)
 _NUMBERED = 24
@@ -26,6 +32,8 @@ def stages_by_depth(split: Split, label: str) -> Markup:
     lines = []
     if split.damage:
         lines.append((split.damage.taps, STAGES["weights"], "-"))
+    if split.activations:
+        lines.append((split.activations.taps, STAGES["activations"], "-"))
     for dtype in dict.fromkeys(case.dtype for case in split.packed):
         cases = [case for case in split.packed if case.dtype == dtype]
         lines.append((_totals(cases), STAGES[f"packed {dtype}"], "-"))

@@ -12,18 +12,19 @@ from rich.text import Text
 from parity import plots_quantized
 from parity.engine import Case
 from parity.formats import ratio, sci, simple_table
-from parity.quantized import Split
+from parity.quantized import Damage, Split
 from parity.weights import STEPS, TensorCheck
 
 _NAMED = 4
 
 
 def split_json(split: Split) -> dict[str, Any]:
-    """One entry of `quantized` in report.json; the cases of stages B and C are among `cases`, under `candidate` and
-    `candidate dequantized`."""
+    """One entry of `quantized` in report.json; the cases of stages B and C are among `cases`, under `candidate
+    dequantized` and `candidate`. `program` is what a program was exported for, null for a model that was loaded."""
     return {
         "checkpoint": split.checkpoint,
         "candidate": split.candidate,
+        "program": split.program,
         "verdict": "red" if split.red else "green",
         "stored_bytes": split.stored_bytes,
         "bits_per_weight": split.bits_per_weight,
@@ -32,6 +33,7 @@ def split_json(split: Split) -> dict[str, Any]:
         ],
         "stages": {
             "weights": None if split.damage is None else dataclasses.asdict(split.damage),
+            "activations": None if split.activations is None else dataclasses.asdict(split.activations),
             "dequantized": [_case(case) for case in split.dense],
             "packed": [_case(case) for case in split.packed],
         },
@@ -81,7 +83,7 @@ class Stage:
 
 
 def stages(split: Split) -> list[Stage]:
-    """The file's tensors, then A, B, and C in each dtype."""
+    """The file's tensors, then A, B, what rounding activations costs, and C in each dtype."""
     quantized = [t for t in split.tensors if t.quantized]
     levels = sorted(t.sqnr_db for t in quantized if t.sqnr_db is not None)
     what = f"{len(split.tensors)} tensors, {len(quantized)} of them quantized, against another reader"
@@ -89,23 +91,36 @@ def stages(split: Split) -> list[Stage]:
     figure = f"SQNR {levels[0]:.1f} to {levels[-1]:.1f} dB" if levels else f"{split.bits_per_weight:.2f} bits a weight"
     out = [Stage("file", what, figure, "red" if split.wrong else "green")]
     if split.damage:
-        logits, off = split.damage.logits, split.damage.taps["logits"]
-        figure = f"logits off by {sci(off)}, KL {sci(logits.kl_mean)}, top-1 {100 * logits.top1:.1f} %"
         what = "transformers in float64 on the dequantized weights, against the original ones"
-        out.append(Stage("A weights", what, figure, "reported"))
+        out.append(_reported("A weights", what, split.damage))
     for case in split.dense:
         what = "our model on dense dequantized weights, float32"
         out.append(_judged("B dequantized", what, [case]))
+    if split.activations:
+        what = "the same in float64 with the inputs of linears rounded to int8, against without"
+        out.append(_reported("activations", what, split.activations))
     for dtype in dict.fromkeys(case.dtype for case in split.packed):
         cases = [case for case in split.packed if case.dtype == dtype]
-        what = f"our model as loaded, {dtype}, worst of {len(cases)} cache path{'s' * (len(cases) > 1)}"
+        ours = f"the {split.program} program" if split.program else "our model as loaded"
+        what = f"{ours}, {dtype}, worst of {len(cases)} cache path{'s' * (len(cases) > 1)}"
         if forms := [t.packed[dtype] for t in split.tensors if dtype in t.packed]:
             kernels = Counter(form.kernel for form in forms)
             what += "; " + ", ".join(f"{count} x {kernel}" for kernel, count in kernels.most_common())
             off = max(form.error for form in forms)
             what += f"; weights off by at most {sci(off)}" if off else "; weights exact"
-        out.append(_judged(f"C packed {dtype}", what, cases))
+        out.append(_judged(f"C {packed_name(split)} {dtype}", what, cases))
     return out
+
+
+def packed_name(split: Split) -> str:
+    """What stage C is called."""
+    return "program" if split.program else "packed"
+
+
+def _reported(name: str, what: str, cost: Damage) -> Stage:
+    logits, off = cost.logits, cost.taps["logits"]
+    figure = f"logits off by {sci(off)}, KL {sci(logits.kl_mean)}, top-1 {100 * logits.top1:.1f} %"
+    return Stage(name, what, figure, "reported")
 
 
 def _judged(name: str, what: str, cases: Sequence[Case]) -> Stage:
@@ -157,6 +172,7 @@ def section(split: Split) -> dict[str, Any]:
         "name": name,
         "split": split,
         "stages": stages(split),
+        "stage_c": packed_name(split),
         "reasons": tensor_reasons(split),
         "limit": STEPS,
         "dtypes": {case.dtype for case in split.packed},

@@ -78,7 +78,7 @@ def base(request, tmp_path_factory) -> tuple[Path, Baseline]:
 
 def candidate(path: Path, **changes) -> ProgramCandidate:
     model = Gemma4.from_pretrained(path)
-    return ProgramCandidate(StepSession(model), model.config, CHUNK, **changes)
+    return ProgramCandidate(StepSession(model), model.config, CHUNK, **({"tapped": True} | changes))
 
 
 @given(st.integers(1, 70), st.integers(1, 20), st.sampled_from(PATHS))
