@@ -77,17 +77,21 @@ def shared_constants(programs: Mapping[str, ExportedProgram], device: torch.devi
 
     here: dict[str, Tensor] = {}
     there: dict[str, Tensor] = {}
-    moved: dict[int, Tensor] = {}
+    moved: dict[tuple, Tensor] = {}
     for program in programs.values():
         for held in (program._state_dict, program._constants):
             for name, tensor in held.items():
                 if not isinstance(tensor, Tensor):
                     continue
                 known = here.setdefault(name, tensor)
-                if known is not tensor and not torch.equal(known, tensor):
+                if _memory(known) != _memory(tensor) and not torch.equal(known, tensor):
                     raise ValueError(f"two programs have different tensors by the name of {name}")
                 # Tied weights stay tied.
-                there[name] = held[name] = moved.setdefault(id(known), tensor.detach().to(device))
+                if (key := _memory(known)) not in moved:
+                    moved[key] = tensor.detach().to(device)
+                there[name] = moved[key]
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                held[name] = torch.nn.Parameter(moved[key], requires_grad=False) if is_parameter else moved[key]
         move_to_device_pass(program, str(device))
     return there
 
@@ -256,16 +260,20 @@ class Session:
         return T
 
 
+def _memory(tensor: Tensor) -> tuple:
+    """What tensors that are one have in common."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Each tensor once; other names for it go into the metadata."""
     first: dict[tuple, str] = {}
     aliases, stored = {}, {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
+        if tensor.numel() and _memory(tensor) in first:
+            aliases[name] = first[_memory(tensor)]
         else:
-            first[key] = name
+            first[_memory(tensor)] = name
             stored[name] = tensor.detach().contiguous().cpu()
     save_file(stored, path, metadata={"aliases": json.dumps(aliases)})
 
