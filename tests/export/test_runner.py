@@ -52,8 +52,8 @@ def programs() -> dict[str, bytes]:
     return {
         "toy": toys.lower(both),
         "unshared": toys.lower(both, shared=False),
-        "one method": toys.lower({"forward": toys.forward(toys.OneMethod(toy))}),
-        "draws": toys.lower({"prefill": prefill, "decode": toys.decode(toys.Draws(toy), temperature)}, get_top_k=1),
+        "one method": toys.lower({"forward": toys.forward(toys.OneMethod(TABLE))}),
+        "draws": toys.lower({"prefill": prefill, "decode": toys.decode(toys.Draws(TABLE), temperature)}, get_top_k=1),
     }
 
 

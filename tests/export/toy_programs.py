@@ -31,7 +31,7 @@ def make_table() -> Tensor:
 
 
 class Toy(nn.Module):
-    """The logits are a row of `table`: that of the sum of all tokens so far, modulo V. A cache keeps the tokens at their
+    """The logits are a row of `table`: that of the sum of all tokens so far, modulo V. A cache keeps tokens at their
     positions, so one that is lost, doubled or put elsewhere changes what comes next."""
 
     def __init__(self, table: Tensor):
@@ -44,26 +44,18 @@ class Toy(nn.Module):
         return nn.functional.embedding((self.seen.sum() % V).reshape(1, 1), self.table)
 
 
-class OneMethod(nn.Module):
+class OneMethod(Toy):
     """A Toy that gets the first position only, and returns [1, V]."""
 
-    def __init__(self, toy: Toy):
-        super().__init__()
-        self.toy = toy
-
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        return self.toy(tokens, (input_pos + torch.arange(tokens.shape[1]))[None])[0]
+        return super().forward(tokens, (input_pos + torch.arange(tokens.shape[1]))[None])[0]
 
 
-class Draws(nn.Module):
+class Draws(Toy):
     """A Toy that draws the token itself: the largest logit's, and at a temperature of 0.5 the one before it."""
 
-    def __init__(self, toy: Toy):
-        super().__init__()
-        self.toy = toy
-
     def forward(self, tokens: Tensor, positions: Tensor, temperature: Tensor) -> Tensor:
-        token = self.toy(tokens, positions)[:, 0].argmax(-1)
+        token = super().forward(tokens, positions)[:, 0].argmax(-1)
         return torch.where(temperature == 0.5, token - 1, token)
 
 
