@@ -272,7 +272,7 @@ def _close(given: Given, decode: bool) -> Callable[[Any], Check]:
     return close_to([reference(given, decode, True)], [reference(given, decode, False)], DTYPE)
 
 
-def prefill_case(given: Given) -> Case:
+def prefill_case(given: Given, *more: Backend) -> Case:
     """Each backend's `prefill` of the context."""
 
     def cost() -> tuple[float, float]:
@@ -292,6 +292,7 @@ def prefill_case(given: Given) -> Case:
                 absent=TRANSFORMERS,
                 wall=True,
             ),
+            *more,
         ],
         make=lambda i: given,
         judge=lambda g: _close(g, False),
@@ -303,7 +304,7 @@ def prefill_case(given: Given) -> Case:
     )
 
 
-def decode_case(given: Given) -> Case:
+def decode_case(given: Given, *more: Backend) -> Case:
     """NEW tokens, greedily; what is judged are the logits of the first step."""
 
     def cost() -> tuple[float, float]:
@@ -347,6 +348,7 @@ def decode_case(given: Given) -> Case:
             ),
             # Compiling sixty layers takes minutes.
             *(compiles if given.name == "31B, 6 layers" else []),
+            *more,
         ],
         make=lambda i: given,
         judge=lambda g: _close(g, True),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench import models
 from bench.engine_models import NAMES, Given, decode_case
+from bench.exported_models import decode_backend
 from bench.harness import Backend, Case, close_to, equal_to, grid, publish, ratio, timed
 from bench.models import NEW, PROMPT, SIZES, VARIANTS, Text
 from bench.timing import CORES, Call
@@ -271,10 +272,11 @@ def _greedy(variant: str) -> Case:
 
 
 CONTEXTS = {"31B, whole": (2048, 32768), "31B, 6 layers": (2048,)}
+GIVEN = [Given(name, context) for name in NAMES for context in CONTEXTS.get(name, (40,))]
 CASES = [
     *(_dense(size, variant) for size in SIZES for variant in VARIANTS),
     *(_quantized(variant) for variant in VARIANTS),
-    *(decode_case(Given(name, context)) for name in NAMES for context in CONTEXTS.get(name, (40,))),
+    *(decode_case(given, decode_backend(given)) for given in GIVEN),
 ]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench import models
 from bench.engine_models import NAMES, Given, prefill_case
+from bench.exported_models import prefill_backend
 from bench.harness import Backend, Case, close_to, grid, publish, timed
 from bench.models import PROMPT, SIZES, VARIANTS, Text
 from bench.timing import CORES
@@ -54,7 +55,7 @@ def _case(size: str, variant: str) -> Case:
     )
 
 
-ENGINE = [prefill_case(Given(name, 40 if name.startswith("tiny") else 2048)) for name in NAMES]
+ENGINE = [prefill_case(Given(name, 40 if name.startswith("tiny") else 2048), prefill_backend()) for name in NAMES]
 
 
 @timed

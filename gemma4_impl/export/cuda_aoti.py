@@ -65,6 +65,13 @@ def write_packages(
     The programs are moved to the device. Raises ValueError for programs that mean different tensors by one name."""
     constants = shared_constants(programs, device)
     _save({name: tensor for name, tensor in constants.items() if name not in state}, folder / CONSTANTS)
+    compile_packages(programs, folder, options)
+
+
+def compile_packages(
+    programs: Mapping[str, ExportedProgram], folder: Path, options: Mapping[str, Any] | None = None
+) -> None:
+    """Compiles programs for the device that they are on: NAME.pt2 each."""
     options = {"aot_inductor.package_constants_in_so": False, **OPTIONS, **(options or {})}
     for name, program in programs.items():
         path = str(folder / f"{name}.pt2")
@@ -97,17 +104,21 @@ def shared_constants(programs: Mapping[str, ExportedProgram], device: torch.devi
 
 
 def load_packages(folder: Path, state: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Function]:
-    """Name -> package in `folder`, all of which compute with the same weights and with `state`'s own tensors.
+    """`link_packages` with the constants in `folder`, and with `state`'s own tensors."""
+    return link_packages(folder, {**_load(folder / CONSTANTS, device), **state})
 
-    Raises ValueError for a constant that a package needs and the folder does not have."""
-    tensors = {**_load(folder / CONSTANTS, device), **state}
+
+def link_packages(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Function]:
+    """Name -> package in `folder`, all of which compute with these very tensors.
+
+    Raises ValueError for one that a package needs and that is not there."""
     out: dict[str, Function] = {}
     for path in sorted(folder.glob("*.pt2")):
         # Single-threaded: the other way queries events, which no stream that is being captured allows.
         package: AOTICompiledModel = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         needed = package.get_constant_fqns()
         if absent := sorted(set(needed) - set(tensors)):
-            raise ValueError(f"{path}: {CONSTANTS} does not have {absent[0]}")
+            raise ValueError(f"{path}: no tensor is given for {absent[0]}")
         constants = {name: tensors[name] for name in needed}
         package.load_constants(constants, check_full_update=True, user_managed=True)
         out[path.stem] = package
