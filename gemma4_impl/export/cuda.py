@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
+from gemma4_impl.config import TextConfig
 from gemma4_impl.export import cuda_aoti
 from gemma4_impl.export.cuda_aoti import open_session as open_session
 from gemma4_impl.export.cuda_graph import export_programs, kernel_choices, refusals
@@ -19,6 +20,14 @@ from gemma4_impl.model.decoder import Gemma4
 
 if TYPE_CHECKING:
     from gemma4_impl.vision.images import ImageEncoder
+
+
+def check(config: TextConfig, settings: Settings, vision: bool) -> None:
+    """Refuses what no weight has to be read for. Raises ValueError as `lower` does, also without a GPU."""
+    if reasons := _not_there(settings, vision):
+        raise ValueError(f"backend cuda: {'; '.join(reasons)}")
+    if not torch.cuda.is_available():
+        raise ValueError("backend cuda: compiling the kernels needs an NVIDIA GPU, and there is none here")
 
 
 def lower(
@@ -131,15 +140,19 @@ def _edge(programs: dict[str, ExportedProgram], parts: dict[str, list], metadata
 
 
 def _refuse(model: Gemma4, settings: Settings, tower: ImageEncoder | None, top_k: int | None) -> None:
-    reasons = refusals(model, top_k)
-    if tower is not None:
-        reasons.append("has no vision tower: export it for xnnpack or mlx")
-    if settings.taps:
-        reasons.append("returns no taps: fused kernels have none")
+    reasons = refusals(model, top_k) + _not_there(settings, tower is not None)
     if model.dtype != settings.dtype:
         reasons.append(f"the model computes in {model.dtype}, the program in {settings.dtype}")
     if reasons:
         raise ValueError(f"backend cuda: {'; '.join(reasons)}")
+
+
+def _not_there(settings: Settings, vision: bool) -> list[str]:
+    reasons = {
+        "has no vision tower: export it for xnnpack or mlx": vision,
+        "returns no taps: fused kernels have none": settings.taps,
+    }
+    return [reason for reason, asked in reasons.items() if asked]
 
 
 def _method(name: str, model: Gemma4, settings: Settings) -> Method:

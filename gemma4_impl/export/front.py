@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from gemma4_impl.vision.images import ImageEncoder
 
 MODULES = {name: f"gemma4_impl.export.{name}" for name in BACKENDS}
-"""The module of each backend: `check` refuses what it does not support, `lower` makes a program of a model,
-`open_session` runs one."""
+"""The module of each backend: `lower` makes a program of a model, `open_session` runs one, and `check`, if there is
+one, refuses what it does not support before a weight is read."""
 DEFAULT_SEQ_LEN, DEFAULT_CHUNK = 4096, 512
 DEFAULT_DTYPES = {"xnnpack": torch.float32, "cuda": torch.bfloat16}
 """What a backend's programs compute in; those of others in the weights' own."""

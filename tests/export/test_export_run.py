@@ -176,11 +176,17 @@ class TestRefusals:
             ({"max_seq_len": 8, "max_prefill_chunk": 9}, "max_prefill_chunk = 9 exceeds max_seq_len = 8"),
             ({"dtype": torch.float64}, "dtype = torch.float64: must be float32, bfloat16 or float16"),
             ({"dtype": torch.float16}, "fake programs do not compute in float16"),
+            ({"backend": "cuda", "taps": True}, "backend cuda: returns no taps: fused kernels have none"),
         ],
     )
     def test_arguments(self, source, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             front.export(source, tmp_path / "x", **{"backend": "xnnpack"} | options)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+    def test_no_gpu(self, source, tmp_path):
+        with pytest.raises(ValueError, match="compiling the kernels needs an NVIDIA GPU, and there is none here"):
+            front.export(source, tmp_path / "x", "cuda")
 
     def test_no_tower(self, source, tmp_path):
         with pytest.raises(ConfigError, match="takes text only"):
