@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma4_impl import taps
-from gemma4_impl.config import SLIDING, LayerConfig, TextConfig
+from gemma4_impl.config import SLIDING, LayerConfig, RopeParameters
 from gemma4_impl.export.mlx.bindings import import_mlx_backend
 from gemma4_impl.export.source import quantized_weights
 from gemma4_impl.model.decoder import KV, Attention, Gemma4
@@ -34,9 +34,12 @@ class MlxGemma4(nn.Module):
         # Chunks of up to max_chunk never overwrite a key that one of their own queries still needs.
         self.ring = min(max_seq_len, config.sliding_window - 1 + self.max_chunk)
         self.model = _share(model)
+        rope_theta = {kind: float(rope.rope.rope_theta) for kind, rope in model.rope.items()}
+        periods = {kind: _periods(rope.head_dim, rope.rope) for kind, rope in model.rope.items()}
         for layer in self.model.layers:
             slots = self.ring if layer.config.layer_type == SLIDING else max_seq_len
-            layer.self_attn = MlxAttention(layer.self_attn, config, slots, model.dtype)
+            kind = layer.config.layer_type
+            layer.self_attn = MlxAttention(layer.self_attn, rope_theta[kind], periods[kind], slots, model.dtype)
             if layer.moe:
                 layer.router, layer.experts = MlxRouter(layer.router), MlxExperts(layer.experts)
         self.eval()
@@ -103,19 +106,15 @@ class MlxGemma4(nn.Module):
 class MlxAttention(nn.Module):
     """`Attention` on MLX's operators; keys and values are written to the caches [1, K, C, H] and read from there."""
 
-    def __init__(self, attention: Attention, config: TextConfig, slots: int, dtype: torch.dtype):
+    def __init__(self, attention: Attention, rope_theta: float, periods: Tensor | None, slots: int, dtype: torch.dtype):
         super().__init__()
         layer: LayerConfig = attention.config
         self.config, self.prefix, self.slots = layer, attention.prefix, slots
         for name, child in attention.named_children():
             self.add_module(name, child)
         self.sliding = layer.layer_type == SLIDING
-        rope = config.rope_parameters[layer.layer_type]
-        self.rope_theta = float(rope.rope_theta)
-        frequencies = inverse_frequencies(layer.head_dim, rope)
-        # MLX takes periods; a pair that does not rotate has an infinite one.
-        partial = bool((frequencies == 0).any())
-        self.register_buffer("periods", (1 / frequencies).float() if partial else None)
+        self.rope_theta = rope_theta
+        self.register_buffer("periods", periods)
         if not layer.kv_shared:
             for name in ("k_cache", "v_cache"):
                 self.register_buffer(
@@ -201,6 +200,13 @@ class MlxExperts(nn.Module):
         bits, group = self.held[leaf]
         codes, scale, zero = (self.get_buffer(f"{leaf}_{name}") for name in ("codes", "scale", "zero"))
         return torch.ops.mlx.gather_qmm(x, codes, scale, zero, index, None, True, group, bits)
+
+
+def _periods(head_dim: int, rope: RopeParameters) -> Tensor | None:
+    """[H / 2] float32, what MLX divides a position by; None if it can compute them. A pair that does not rotate has an
+    infinite one."""
+    frequencies = inverse_frequencies(head_dim, rope)
+    return (1 / frequencies).float() if bool((frequencies == 0).any()) else None
 
 
 def _share(model: Gemma4) -> Gemma4:

@@ -66,13 +66,11 @@ def affine(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     or 128. The zero is int8 where that is exact, else float32."""
     scale = weight.scale.to(dtype)
     shift = weight.offset - _middle(weight)
-    if weight.zero is None:
-        zero = torch.full(scale.shape, shift, dtype=torch.int8)
-    else:
-        zero = shift - torch.where(weight.zero == 0, 0.0, weight.zero.double() / weight.scale.double())
-        small = zero.round().clamp(-128, 127)
-        exact = torch.equal(weight.scale.double() * (shift - small), weight.zero.double())
-        zero = small.to(torch.int8) if exact else zero.float()
+    constant = torch.zeros_like(weight.scale) if weight.zero is None else weight.zero
+    zero = shift - torch.where(constant == 0, 0.0, constant.double() / weight.scale.double())
+    small = zero.round().clamp(-128, 127)
+    exact = torch.equal(weight.scale.double() * (shift - small), constant.double())
+    zero = small.to(torch.int8) if exact else zero.float()
     group = weight.group_size
     repeat = group // next(size for size in GROUPS if group % size == 0)
     return scale.repeat_interleave(repeat, dim=-1), zero.repeat_interleave(repeat, dim=-1)
