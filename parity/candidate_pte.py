@@ -76,6 +76,8 @@ class ProgramCandidate:
 def _put(out: dict[str, Tensor], name: str, value: Tensor, part: slice, length: int) -> None:
     """Writes a call's tap [1, T or 1, ...] at its positions; a NaN that was computed is an error and no gap."""
     value = value.detach().cpu()
+    # Experts are numbered; NaN marks where there are none.
+    value = value if value.is_floating_point() else value.float()
     at = part if value.shape[1] == part.stop - part.start else slice(part.stop - 1, part.stop)
     if value.shape[1] != at.stop - at.start:
         raise ValueError(f"{name}: the program gives {value.shape[1]} positions of a chunk of {part.stop - part.start}")

@@ -13,14 +13,20 @@ import torch
 
 from gemma4_impl.export.folder import Manifest, dtype_name, open_folder
 from gemma4_impl.export.run import open_session
+from parity.affine import AffineWeights
 from parity.candidate import TorchCandidate
 from parity.candidate_pte import PATHS, ProgramCandidate
 from parity.compare import Comparison, Taps, compare
-from parity.engine import DRAWS, Baseline, Case, Report, after_the_cache, baseline, judge
+from parity.engine import DRAWS, Baseline, Case, Report, after_the_cache, baseline, judge, open_reference
 from parity.program_check import check_program
 from parity.quantized import Quantized, Split, damage, quantized_at
 from parity.weights import check_tensors
 from reference.weights import Source, WeightFiles
+
+ACTIVATIONS = "quantized_activations"
+"""In a manifest's `extra`: names of the weights whose inputs the program rounds to 8-bit integers."""
+AFFINE = ("mlx",)
+"""Backends that dequantize by a product and a sum, each rounded."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,28 @@ def open_program(path: Path) -> tuple[ProgramCandidate, Manifest]:
     return ProgramCandidate(session, exported.config, manifest.max_prefill_chunk, tapped), manifest
 
 
+def program_baseline(
+    target: Program,
+    manifest: Manifest,
+    tokens: Sequence[int],
+    paths: Sequence[str],
+    device: torch.device | str = "cpu",
+    stream: bool = False,
+    routing: Taps | None = None,
+) -> Baseline:
+    """What a program is held against: the reference on the source's dequantized weights, with the activations rounded
+    that the program rounds."""
+    quantized, at = quantized_at(target.source), target.original or target.source
+    activations = manifest.extra.get(ACTIVATIONS, ())
+    own = {"weights": quantized and quantized.source(), "activations": activations, "local": False, "routing": routing}
+    base = baseline(at, tokens, manifest.dtype, device, stream, paths, **own)
+    if quantized and manifest.backend in AFFINE:
+        weights = AffineWeights(own["weights"], quantized.weights(), manifest.dtype)
+        model = open_reference("hf", at, manifest.dtype, device=device, stream=stream, weights=weights)
+        base.references.append(model.capture([base.tokens], routing=base.routing))
+    return base
+
+
 def check(programs: Sequence[Program], dtypes: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
     """Those of `paths` that programs have, all of theirs if none are asked for. Raises ValueError if none is left, or
     for a program that is in none of `dtypes`."""
@@ -126,16 +154,13 @@ def run(
             f"--length {manifest.max_seq_len}"
         )
     quantized = quantized_at(target.source)
-    reference, source, split = target.original or target.source, None, None
+    source, split = quantized and quantized.source(), None
     if quantized:
-        source = quantized.source()
         split = _judge_weights(target, quantized, source, tokens, device, stream, advance)
     advance(f"{name} reference")
-    activations = manifest.extra.get("quantized_activations", ())
 
     def make(routing: Taps | None = None) -> Baseline:
-        own = {"weights": source, "activations": activations, "local": False, "routing": routing}
-        return baseline(reference, tokens, manifest.dtype, device, stream, paths, **own)
+        return program_baseline(target, manifest, tokens, paths, device, stream, routing)
 
     base = make()
     cases = []
@@ -145,7 +170,8 @@ def run(
     report.cases += cases
     if split is not None:
         split.packed, split.program = cases, manifest.backend
-        split.activations = damage(reference, base, device, stream, source) if activations else None
+        if manifest.extra.get(ACTIVATIONS):
+            split.activations = damage(target.original or target.source, base, device, stream, source)
         report.cases += split.dense
         report.splits.append(split)
     report.inputs[name] = {"fingerprint": manifest.source["fingerprint"], "tokens": list(tokens)}

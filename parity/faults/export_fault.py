@@ -19,10 +19,9 @@ from gemma4_impl.quant.recipe import load_recipe
 from gemma4_impl.quant.save import quantize_checkpoint
 from parity.candidate_pte import ProgramCandidate
 from parity.compare import Comparison
-from parity.engine import Baseline, baseline
-from parity.exported import judge_program, open_program
+from parity.engine import Baseline
+from parity.exported import Program, judge_program, open_program, program_baseline
 from parity.inputs import default_tokens
-from parity.quantized import quantized_at
 from reference.tiny import aligned, make_tiny
 
 CHUNK, CONTEXT, LENGTH = 12, 64, 40
@@ -93,10 +92,8 @@ class Made:
     @cached_property
     def base(self) -> Baseline:
         """What the program is held against."""
-        quantized, manifest = quantized_at(self.source), Manifest.read(self.folder)
-        own = {"weights": quantized.source() if quantized else None, "local": False}
-        activations = manifest.extra.get("quantized_activations", ())
-        return baseline(self.source, self.tokens, manifest.dtype, paths=("chunked",), activations=activations, **own)
+        target = Program(self.recipe.variant, "pte", self.folder, self.source)
+        return program_baseline(target, Manifest.read(self.folder), self.tokens, ("chunked",))
 
 
 def make(recipe: Recipe, folder: Path) -> Made:

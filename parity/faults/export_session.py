@@ -1,5 +1,6 @@
 """Faults in the making of a program, in what its manifest says, and in the loop that feeds it."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -88,22 +89,24 @@ def first_tokens_logits(candidate: ProgramCandidate) -> None:
 
 def scale_dropped(candidate: ProgramCandidate) -> None:
     """Codes and zeros as they are, scales of 1."""
-    _change_scales(
-        candidate, nodes(candidate.session._machine.graph, "QuantizedMatmulNode")[0], lambda scale: scale * 0 + 1
-    )
+    product = nodes(candidate.session._machine.graph, "QuantizedMatmulNode")[0]
+    _change(candidate, product.fields["scales"], lambda scale: scale * 0 + 1)
 
 
 def groups_shifted(candidate: ProgramCandidate) -> None:
-    """The embedding is regrouped so that each group takes the scale of the next."""
+    """A row's one scale is made one for each of its groups, in the wrong order: the table of rows over and over."""
     import mlx.core as mx
 
-    embedding = nodes(candidate.session._machine.graph, "DequantizeNode")[0]
-    _change_scales(candidate, embedding, lambda scale: mx.roll(scale, 1, axis=-1))
+    graph = candidate.session._machine.graph
+    scales = nodes(graph, "DequantizeNode")[0].fields["scales"]
+    # Those of the rows that are looked up.
+    table = next(node.fields["x"] for node in nodes(graph, "TakeNode") if node.fields["out"] == scales)
+    _change(candidate, table, lambda scale: mx.concatenate([scale[:, 0]] * scale.shape[1]).reshape(scale.shape))
 
 
-def _change_scales(candidate: ProgramCandidate, node: Any, change: Any) -> None:
+def _change(candidate: ProgramCandidate, slot: Any, change: Callable[[Any], Any]) -> None:
     constants = candidate.session._machine._constants
-    constants[node.fields["scales"].index] = change(constants[node.fields["scales"].index])
+    constants[slot.index] = change(constants[slot.index])
 
 
 @contextmanager
@@ -184,7 +187,7 @@ SESSION = (
     ),
     ExportFault(
         "embedding_regrouped_wrongly",
-        "a row's groups take the scale of their neighbour",
+        "a row's groups take the scales of other rows",
         "session",
         groups_shifted,
         "embed",
