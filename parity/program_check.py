@@ -81,8 +81,11 @@ def _caches(exported: Exported) -> Iterator[str]:
         seen.add(index)
         layer = config.layers[index]
         needed = min(most, config.sliding_window - 1 + chunk) if layer.layer_type == SLIDING else most
-        heads, slots, size = cache["shape"][1:]
-        if (heads, size) != (layer.num_key_value_heads, layer.head_dim) or slots < needed:
+        heads, *sizes = cache["shape"][1:]
+        # Keys may lie transposed.
+        if layer.head_dim in sizes:
+            sizes.remove(layer.head_dim)
+        if heads != layer.num_key_value_heads or len(sizes) != 1 or sizes[0] < needed:
             yield (
                 f"{name} is {cache['shape']}, but layer {index} ({layer.layer_type}) needs "
                 f"{layer.num_key_value_heads} heads, {needed} slots and heads of {layer.head_dim}"

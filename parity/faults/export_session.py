@@ -35,13 +35,15 @@ def last_token_alone(candidate: ProgramCandidate) -> None:
 
 
 def never_reset(candidate: ProgramCandidate) -> None:
-    """A sequence was run before, and its caches are still there."""
-    candidate.capture(list(range(110, 140)), "chunked")
+    """A sequence was run before, and the next one goes on from it."""
+    candidate.capture(list(range(110, 130)), "chunked")
+    begun = candidate.session.length
 
-    def reset(original: Any) -> None:
-        candidate.session.length = 0
+    def forward(original: Any, tokens: Tensor, position: int, **options: Any) -> Any:
+        return original(tokens, begun + position, **options)
 
-    wrap(candidate, "reset", reset)
+    wrap(candidate, "reset", lambda original: None)
+    wrap(candidate, "forward", forward)
 
 
 def two_programs_on_one_state(candidate: ProgramCandidate) -> None:
@@ -126,6 +128,10 @@ def _set(section: str, name: str, value: Any):
     return inject
 
 
+def ring_said_shorter(manifest: dict[str, Any]) -> None:
+    manifest["caches"]["model.layers.0.self_attn.k_cache"]["shape"][2] -= 1
+
+
 def larger_chunk(manifest: dict[str, Any]) -> None:
     """In the constants and in the method's input."""
     manifest["constants"]["get_max_prefill_chunk"] = 24
@@ -195,11 +201,10 @@ SESSION = (
     ),
     ExportFault(
         "stale_state_after_reset",
-        "the caches hold the sequence before",
+        "the state of the sequence before is still there",
         "session",
         never_reset,
-        "layers.0.self_attn.out",
-        XNNPACK,
+        "layers.0.self_attn.q",
     ),
     ExportFault(
         "wrong_method",
@@ -224,6 +229,13 @@ SESSION = (
         "manifest",
         larger_chunk,
         "forward's tokens is int64 [1, 12], but the manifest says int64 [1, 24]",
+    ),
+    ExportFault(
+        "ring_said_shorter",
+        "a sliding layer's cache has no room for a window and a chunk",
+        "manifest",
+        ring_said_shorter,
+        "layer 0 (sliding_attention) needs 1 heads, 18 slots and heads of 16",
     ),
     ExportFault(
         "context_too_long",
