@@ -23,8 +23,6 @@ from parity.quantized import Quantized, Split, damage, quantized_at
 from parity.weights import check_tensors
 from reference.weights import Source, WeightFiles
 
-ACTIVATIONS = "quantized_activations"
-"""In a manifest's `extra`: names of the weights whose inputs the program rounds to 8-bit integers."""
 AFFINE = ("mlx",)
 """Backends that dequantize by a product and a sum, each rounded."""
 
@@ -111,7 +109,7 @@ def program_baseline(
     """What a program is held against: the reference on the source's dequantized weights, with the activations rounded
     that the program rounds."""
     quantized, at = quantized_at(target.source), target.original or target.source
-    activations = manifest.extra.get(ACTIVATIONS, ())
+    activations = rounded_inputs(manifest)
     own = {"weights": quantized and quantized.source(), "activations": activations, "local": False, "routing": routing}
     base = baseline(at, tokens, manifest.dtype, device, stream, paths, **own)
     if quantized and manifest.backend in AFFINE:
@@ -119,6 +117,12 @@ def program_baseline(
         model = open_reference("hf", at, manifest.dtype, device=device, stream=stream, weights=weights)
         base.references.append(model.capture([base.tokens], routing=base.routing))
     return base
+
+
+def rounded_inputs(manifest: Manifest) -> list[str]:
+    """Names of the weights whose inputs the program rounds to 8-bit integers: XNNPACK's quantized linears."""
+    names = manifest.extra.get("quantized", []) if manifest.backend == "xnnpack" else []
+    return [name for name in names if not name.startswith("embed_tokens")]
 
 
 def check(programs: Sequence[Program], dtypes: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
@@ -170,7 +174,7 @@ def run(
     report.cases += cases
     if split is not None:
         split.packed, split.program = cases, manifest.backend
-        if manifest.extra.get(ACTIVATIONS):
+        if rounded_inputs(manifest):
             split.activations = damage(target.original or target.source, base, device, stream, source)
         report.cases += split.dense
         report.splits.append(split)

@@ -31,6 +31,8 @@ Place = Literal["making", "manifest", "graph", "session"]
 # wrong one's shows.
 _SHARED = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, FULL, FULL], "num_kv_shared_layers": 1}
 _TWO = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
+_ONE = {"num_hidden_layers": 1, "layer_types": [FULL]}
+_LAYERS = {"E2B": _SHARED, "E4B": _ONE | {"num_kv_shared_layers": 0}, "26B-A4B": _ONE, "31B": _TWO}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def make(recipe: Recipe, folder: Path) -> Made:
     made = Made(recipe, folder / "program", source, original)
     if made.folder.exists():
         return made
-    overrides = _SHARED if recipe.variant == "E2B" else _TWO
+    overrides = _LAYERS[recipe.variant]
     if recipe.quantized:
         overrides = overrides | aligned(recipe.variant, 32)
     make_tiny(recipe.variant, original, overrides=overrides)
