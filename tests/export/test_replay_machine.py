@@ -166,7 +166,7 @@ def test_programs_that_would_take_forever_are_refused():
         ("RepeatNode", {"x": X, "repeats": 1 << 30, "axis": 0}),
         ("PadNode", {"x": X, "pad_width": [1 << 30, 0], "mode": "constant"}),
         ("TriNode", {"n": 1 << 20, "m": 1 << 20, "scalar_type": FLOAT}),
-        ("AsStridedNode", {"x": X, "shape": [1 << 40], "strides": [0]}),
+        ("AsStridedNode", {"x": X, "shape": [1 << 30], "strides": [0]}),
     ],
 )
 def test_giant_arrays_are_refused(node, fields):

@@ -13,7 +13,7 @@ from gemma4_impl.export.mlx.bindings import BACKEND, import_mlx_backend
 HEADER = struct.Struct("<4x4sQQ")
 MAGIC = b"MLX0"
 MAX_STEPS = 200_000
-"""Instructions that one run may take, both branches of every If counted; a program of 60 layers has about 5,000."""
+"""Instructions that one run may take, both branches of every If counted; a program of 60 layers has about 4,000."""
 MAX_DEPTH = 64
 SPACES = ("constant", "input", "output", "mutable buffer", "temporary")
 """What a tensor slot can be; the slots of a graph are numbered in this order."""

@@ -25,6 +25,7 @@ DTYPES = {
 }
 """ExecuTorch's ScalarType -> dtype. There is no float64: MLX has none on Metal."""
 INT64 = range(-(1 << 63), 1 << 63)
+INT32_MAX = (1 << 31) - 1
 
 
 @dataclass
@@ -99,9 +100,10 @@ def axis_of(x: mx.array, axis: int) -> int:
 
 
 def at_least(low: int, **values: int | Sequence[int]) -> None:
+    """Raises ValueError for sizes below `low`, or above what MLX counts with, of which it ends the process."""
     for name, value in values.items():
-        if any(v < low for v in (value if isinstance(value, Sequence) else [value])):
-            raise ValueError(f"{name} = {short(value)}: must be at least {low}")
+        if any(not low <= v <= INT32_MAX for v in (value if isinstance(value, Sequence) else [value])):
+            raise ValueError(f"{name} = {short(value)}: must be from {low} to {INT32_MAX}")
 
 
 # Integers, which the program computes shapes and positions from. They are int64 there.
@@ -162,7 +164,6 @@ def tri(guard: Guard, n: int, m: int, k: int, dtype: mx.Dtype) -> mx.array:
 define("IdCopyNode", lambda x: x, "x")
 define("ContiguousNode", mx.contiguous, "x")
 define("ExpandDimsNode", mx.expand_dims, "x axis")
-define("ReshapeNode", mx.reshape, "x shape")
 define("TransposeNode", mx.transpose, "x perm")
 define("AsTypeNode", lambda x, dtype: x.astype(dtype), "x scalar_type")
 define("ConcatenateNode", mx.concatenate, "tensors axis")
@@ -170,7 +171,19 @@ define("StackNode", mx.stack, "tensors axis")
 define("TrilNode", mx.tril, "x k")
 define("TriuNode", mx.triu, "x k")
 define("FlipNode", mx.flip, "x axes")
-define("RollNode", mx.roll, "x shift axes")
+
+
+@op("ReshapeNode", "x shape")
+def reshape(x: mx.array, shape: list[int]) -> mx.array:
+    """One size may be -1: what is left."""
+    at_least(-1, shape=shape)
+    return mx.reshape(x, shape)
+
+
+@op("RollNode", "x shift axes")
+def roll(x: mx.array, shift: list[int], axes: list[int]) -> mx.array:
+    axes = [axis_of(x, axis) for axis in axes]
+    return mx.roll(x, [by % max(x.shape[axis], 1) for by, axis in zip(shift, axes, strict=True)], axes)
 
 
 @op("SqueezeNode", "x dims")
@@ -181,6 +194,7 @@ def squeeze(x: mx.array, dims: list[int]) -> mx.array:
 @op("BroadcastToNode", "x shape", guarded=True)
 def broadcast_to(guard: Guard, x: mx.array, shape: list[int]) -> mx.array:
     """A size of -1 is that of x there."""
+    at_least(-1, shape=shape)
     lead = len(shape) - x.ndim
     shape = [x.shape[i - lead] if size == -1 and i >= lead else size for i, size in enumerate(shape)]
     guard.fits(math.prod(shape) * x.dtype.size)
