@@ -40,7 +40,7 @@ Generation generate(Program& program, const std::vector<int64_t>& prompt, int64_
   Generation generation;
   int64_t position = 0;
   const auto step = [&](const std::vector<int64_t>& tokens) {
-    const Next next = program.run(tokens, position, sampling.temperature);
+    Next next = program.run(tokens, position, sampling.temperature);
     position += static_cast<int64_t>(tokens.size());
     return next;
   };

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <exception>
 #include <iostream>
+#include <new>
+#include <stdexcept>
 
 #include "generate.h"
 #include "log.h"
@@ -121,6 +123,8 @@ int main(int argc, char** argv) {
     }
   } catch (const Refused& error) {
     return fail(error, 2);
+  } catch (const std::bad_alloc&) {
+    return fail(std::runtime_error("not enough memory for the program"), 1);
   } catch (const std::exception& error) {
     return fail(error, 1);
   }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -25,7 +26,8 @@ using executorch::runtime::MethodMeta;
 using executorch::runtime::Result;
 using executorch::runtime::Tag;
 
-constexpr int64_t kMost = int64_t{1} << 31;
+constexpr char kCuda[] = "CudaBackend";
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
 // ExecuTorch's error and the first line that it logged about it.
 std::string reason(Error error) {
@@ -47,8 +49,9 @@ std::string program_file(const fs::path& folder) {
   const fs::path file = folder / "model.pte";
   std::error_code ignored;
   if (!fs::is_directory(folder, ignored)) throw Refused(folder.string() + ": no such folder");
-  if (!fs::is_regular_file(file, ignored))
+  if (!fs::is_regular_file(file, ignored)) {
     throw Refused(folder.string() + ": has no model.pte; is it an exported program?");
+  }
   return file.string();
 }
 
@@ -131,6 +134,7 @@ void Program::check_methods() {
     check_inputs("prefill", metadata_.max_prefill_chunk, false);
     check_caches();
   }
+  share_state_of_backends(needed[0]);
   for (const auto& method : needed) {
     clear_log();
     const Error error = module_.load_method(method);
@@ -245,13 +249,13 @@ void Program::check_backends(const std::string& method) {
     if (!name.ok()) refuse(method + ": a backend has no name");
     const auto* backend = executorch::runtime::get_backend_class(*name);
     if (backend == nullptr) refuse(method + " needs the backend " + *name + ", which this runner does not have");
-    if (!backend->is_available())
+    if (!backend->is_available()) {
       refuse(method + " needs the backend " + *name + ", which does not work on this machine");
+    }
   }
 }
 
-// Caches that the runtime plans are in the arenas after the first, and the methods must agree about them. Backends with
-// state of their own have none there.
+// Caches that the runtime plans are in the arenas after the first, and the methods must agree about them.
 void Program::check_caches() {
   const auto arenas = [&](const std::string& method) {
     const auto meta = module_.method_meta(method);
@@ -262,12 +266,24 @@ void Program::check_caches() {
     }
     return sizes;
   };
-  const auto prefill = module_.method_meta("prefill");
-  const bool own_state = prefill.ok() && prefill->uses_backend("CudaBackend");
   const auto sizes = arenas("prefill");
-  if (!own_state && (sizes.empty() || sizes != arenas("decode"))) {
+  if (!uses(kCuda, "prefill") && (sizes.empty() || sizes != arenas("decode"))) {
     refuse("prefill and decode do not share their caches; export it with share_mutable_buffers");
   }
+}
+
+// The CUDA backend keeps the caches itself, for each method its own unless it is told before the methods are loaded.
+void Program::share_state_of_backends(const std::string& method) {
+  if (!uses(kCuda, method)) return;
+  executorch::runtime::BackendOptions<1> options;
+  Error error = options.set_option("weight_sharing_across_methods", true);
+  if (error == Error::Ok) error = executorch::runtime::set_option(kCuda, options.view());
+  if (error != Error::Ok) refuse("the CUDA backend does not share caches between methods (" + reason(error) + ")");
+}
+
+bool Program::uses(const char* backend, const std::string& method) {
+  const auto meta = module_.method_meta(method);
+  return meta.ok() && meta->uses_backend(backend);
 }
 
 Next Program::run(const std::vector<int64_t>& tokens, int64_t position, double temperature) {
@@ -294,8 +310,9 @@ Next Program::run(const std::vector<int64_t>& tokens, int64_t position, double t
   if (tensor.scalar_type() != ScalarType::Long) return {std::nullopt, to_floats(tensor)};
   const int64_t token = tensor.const_data_ptr<int64_t>()[0];
   if (token < 0) throw std::runtime_error("the logits are NaN");
-  if (token >= metadata_.vocab_size)
+  if (token >= metadata_.vocab_size) {
     throw std::runtime_error(where + " drew " + std::to_string(token) + ", which is no token");
+  }
   return {token, {}};
 }
 

@@ -35,8 +35,7 @@ class Program {
   static std::unique_ptr<Program> open(const std::filesystem::path& folder, bool lock);
 
   const Metadata& metadata() const { return metadata_; }
-  // Whether decode draws the token, from its largest `top_k` ones unless that is 0; prefill returns logits all the
-  // same.
+  // Whether decode draws the token, from the `top_k` largest ones unless that is 0. Prefill always returns logits.
   bool draws() const { return draws_; }
   int64_t top_k() const { return top_k_; }
   // Whether the weights are kept in memory.
@@ -56,6 +55,8 @@ class Program {
   bool check_output(const std::string& method);
   void check_backends(const std::string& method);
   void check_caches();
+  void share_state_of_backends(const std::string& method);
+  bool uses(const char* backend, const std::string& method);
   std::vector<int64_t> constants(const std::string& name);
   int64_t constant(const std::string& name, int64_t least, int64_t most);
   [[noreturn]] void refuse(const std::string& why) const;
