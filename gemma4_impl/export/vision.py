@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
 from gemma4_impl.export.folder import Method, Settings, Value
 from gemma4_impl.model.cache import KVCache
@@ -172,8 +171,8 @@ class ExportedEncoder(ImagePrompts):
 
 
 def for_xnnpack(model: Vision) -> Vision:
-    """The tower with its own weights, in operators that XNNPACK takes and computes to float32's precision: its GELU is
-    good to 2e-4 only, it averages four-dimensional tensors only, and clips to numbers, not to tensors."""
+    """The tower, on the same weights, in operators that XNNPACK takes: it has no GELU by tanh, averages tensors of four
+    dimensions only, and clips to numbers, not to tensors."""
     with torch.device("meta"):
         out = Vision(model.config)
     out.load_state_dict(model.state_dict(), assign=True)
@@ -187,17 +186,16 @@ def for_xnnpack(model: Vision) -> Vision:
 
 
 class _Norm(RMSNorm):
-    """The mean of squares as a matrix product."""
+    """The sum of squares as a matrix product."""
 
-    average: Tensor
+    ones: Tensor
 
     def prepare(self) -> None:
-        self.register_buffer("average", torch.full((1, self.dim[0]), 1 / self.dim[0]))
+        self.register_buffer("ones", torch.ones(1, *self.dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.average.dtype)
-        normed = wide * torch.rsqrt(F.linear(wide * wide, self.average) + self.eps)
-        return (normed if self.weight is None else normed * self.weight).type_as(x)
+        x = x * torch.rsqrt(F.linear(x * x, self.ones.type_as(x)) / self.dim[0] + self.eps)
+        return x if self.weight is None else x * self.weight
 
 
 class _Encoder(encoder.Encoder):
@@ -225,14 +223,12 @@ class _Attention(encoder.Attention):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """x [P, D], rotary [P, 1, H] each, additive mask [1, 1, P] -> [P, D]."""
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q = taps.tap(self.prefix, "q", _turn(self.q_norm(q), *rotary)).transpose(0, 1)
-        k = taps.tap(self.prefix, "k", _turn(self.k_norm(k), *rotary)).transpose(0, 1)
-        v = taps.tap(self.prefix, "v", self.v_norm(v)).transpose(0, 1)
+        q, k = _turn(self.q_norm(q), *rotary), _turn(self.k_norm(k), *rotary)
+        q, k, v = (part.transpose(0, 1) for part in (q, k, self.v_norm(v)))
         if (group := q.shape[0] // k.shape[0]) > 1:
             k, v = (part.repeat_interleave(group, dim=0) for part in (k, v))
         weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) + mask, dim=-1)
-        out = torch.bmm(weights, v).transpose(0, 1).flatten(1)
-        return taps.tap(self.prefix, "out", self.o_proj(out))
+        return self.o_proj(torch.bmm(weights, v).transpose(0, 1).flatten(1))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
