@@ -19,12 +19,11 @@ from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
 
 aten, ours = torch.ops.aten, torch.ops.gemma4
+# One node each, until a compiler takes in their Triton kernels.
 SDPA_PREFILL, SDPA_DECODE = ours.sdpa_prefill.default, ours.sdpa_decode.default
 LINEAR, EXPERTS, DEQUANTIZE = (
     ours.quantized_linear.default, ours.quantized_experts.default, ours.dequantize.default,
 )  # fmt: skip
-WHOLE = (SDPA_PREFILL, SDPA_DECODE, LINEAR, EXPERTS, DEQUANTIZE)
-"""Our operators: one node each, until a compiler takes in their Triton kernels."""
 
 
 @dataclass(frozen=True)
