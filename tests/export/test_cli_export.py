@@ -226,7 +226,7 @@ def test_inspect_refuses(half, tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_damaged_program_is_shown_or_refused(half, tmp_path_factory, data):
     """Bytes changed anywhere, most of them in the flatbuffer: something is shown, or it is a ValueError."""
     content = bytearray(half.read_bytes())

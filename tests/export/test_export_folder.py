@@ -197,7 +197,7 @@ def _places(value, path=()):
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_mangled_manifest_is_read_or_refused(data):
     """Values replaced, keys removed and added: a Manifest that survives its own writing, or an ExportError."""
     raw = copy.deepcopy(VALID)
@@ -224,7 +224,7 @@ def test_any_mangled_manifest_is_read_or_refused(data):
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_bytes_for_a_manifest(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("bytes")
     (folder / MANIFEST).write_bytes(data)
