@@ -12,7 +12,11 @@ from torch import Tensor
 from gemma4_impl.config import FULL, SLIDING, TextConfig
 from gemma4_impl.export import Step
 from gemma4_impl.model.decoder import Gemma4
+from gemma4_impl.quant.quantize import quantize
+from gemma4_impl.quant.recipe import QuantConfig
+from gemma4_impl.quant.tensor import QuantizedTensor
 from gemma4_impl.taps import Recorder, recording, tap_names
+from parity.affine import AffineWeights
 from parity.candidate_pte import PATHS, ProgramCandidate
 from parity.engine import Baseline, baseline
 from parity.exported import judge_program
@@ -216,6 +220,34 @@ def test_other_experts_than_the_truths_are_followed_and_judged_as_choices(tmp_pa
     assert len(followed.bugs) > 0
     assert not any(tap.red for tap in followed.taps)
     assert judge_program(candidate(path), base, "decode", lambda routing: pytest.fail("nothing to follow")).red is False
+
+
+# Weights
+
+
+class Held:
+    """One quantized tensor, as `Weights` and as `Source`."""
+
+    def __init__(self, packed: QuantizedTensor):
+        self.packed, self.files = packed, {"w": Path("file")}
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        return self.packed
+
+
+@given(st.integers(0, 10**6), st.sampled_from([4, 8]), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=60, deadline=None)
+def test_a_product_and_a_sum_make_the_weight_but_for_two_roundings(seed, bits, symmetric, dtype):
+    original = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))
+    # In bfloat16 a scale, which is rounded too, is no part of this.
+    packed = quantize(original, QuantConfig(bits, 32, symmetric), dtype)
+    held = Held(packed)
+    got = AffineWeights(held, held, dtype).tensor("w").double()
+    want = packed.dequantize(torch.float64)
+    # The product is at most 255 steps, the bias as much again, and each of the two is rounded, as is their sum.
+    step = packed.scale.double().repeat_interleave(32, -1)
+    assert ((got - want).abs() <= torch.finfo(dtype).eps * 2 * (255 * step + want.abs())).all()
+    assert torch.equal(AffineWeights(held, held, dtype).rows("w", 1, 3).double(), got[1:3])
 
 
 # Activations
