@@ -107,7 +107,8 @@ def generate(
     if processed is not None:
         soft = encoder.merge(tokens, encoder.encode(processed), manifest.dtype)
     generator = sampling.generator("cpu")
-    session.reset()
+    if session.length:
+        session.reset()
 
     def draw(logits: Tensor) -> int:
         return int(sample(logits.reshape(1, -1), temperature, top_k, top_p, generator))
