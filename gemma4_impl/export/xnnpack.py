@@ -1,6 +1,8 @@
 """XNNPACK: prefill and decode lowered into one program that shares its caches, and the session that runs it."""
 
 import contextlib
+import copy
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +12,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from gemma4_impl import taps as tap_points
+from gemma4_impl.config import TextConfig
 from gemma4_impl.errors import one_line
 from gemma4_impl.export import vision
 from gemma4_impl.export.folder import PROGRAM, Lowered, Manifest, Method, Settings, Value, cache_sizes, constants
+from gemma4_impl.export.source import quantized_weights
 from gemma4_impl.export.xnnpack_model import XnnCache, prepare
+from gemma4_impl.export.xnnpack_weights import check_linears, install
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.model.soft_tokens import SoftTokens
@@ -26,6 +31,14 @@ if TYPE_CHECKING:
 
 PREFILL, DECODE = "prefill", "decode"
 Report = Callable[[str], None]
+_OUTSIDE = re.compile(r"quantize_affine|aten[:.]+(linear|addmm|mm)\b")
+"""What no program may compute by itself: a weight made dense again, or a product that XNNPACK would have done."""
+
+
+def check(config: TextConfig, settings: Settings, with_tower: bool) -> None:
+    """Refuses, with a ValueError, what no weight has to be read for."""
+    if settings.dtype != torch.float32:
+        raise ValueError(f"xnnpack: {settings.dtype} is not supported; choose float32")
 
 
 def lower(
@@ -39,8 +52,10 @@ def lower(
     report = report or (lambda line: None)
     if tower is not None:
         vision.check_images(model.config, tower, settings)
-    if settings.dtype != torch.float32:
-        raise ValueError(f"xnnpack: {settings.dtype} is not supported; choose float32")
+    check(model.config, settings, tower is not None)
+    model = _copy(model)
+    kept = install(model, report)
+    check_linears(model)
     prepare(model)
     cache = XnnCache(model.config, settings.max_seq_len, settings.max_prefill_chunk, model.dtype)
     lengths = {DECODE: 1} | ({PREFILL: settings.max_prefill_chunk} if settings.max_prefill_chunk > 1 else {})
@@ -61,7 +76,14 @@ def lower(
         methods=methods,
         constants=metadata,
         caches=cache_sizes(cache),
+        extra={"quantized": sorted(kept)},
     )
+
+
+def _copy(model: Gemma4) -> Gemma4:
+    """The same weights in modules of their own."""
+    shared = [*model.parameters(), *model.buffers(), *quantized_weights(model).values()]
+    return copy.deepcopy(model, {id(value): value for value in shared})
 
 
 class _Taps:
@@ -121,22 +143,20 @@ def _export(model: Gemma4, cache: KVCache, longest: int, taps: bool) -> tuple[Ex
 def _to_executorch(programs: dict[str, ExportedProgram], metadata: dict, report: Report) -> "ExecutorchProgramManager":
     """All methods as one ExecuTorch program, whose mutable buffers are the same memory in each."""
     # Imported here: it takes seconds, and inspecting a model needs none of it.
-    from executorch.backends.xnnpack.partition.config.generic_node_configs import GeluConfig
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import ALL_PARTITIONER_CONFIGS, XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
-    # XNNPACK's GELU is the exact one: it takes no notice of approximate="tanh".
-    configs = [config for config in ALL_PARTITIONER_CONFIGS if config is not GeluConfig]
+    from gemma4_impl.export.xnnpack_partition import Partitioner
+
     report("lowering to XNNPACK")
     edge = to_edge_transform_and_lower(
         programs,
-        partitioner={name: [XnnpackPartitioner(configs)] for name in programs},
+        partitioner={name: [Partitioner()] for name in programs},
         constant_methods=metadata,
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     report("planning memory")
-    return edge.to_executorch(
+    program = edge.to_executorch(
         ExecutorchBackendConfig(
             # Without this every method has caches of its own.
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
@@ -144,6 +164,11 @@ def _to_executorch(programs: dict[str, ExportedProgram], metadata: dict, report:
             do_quant_fusion_and_const_prop=True,
         )
     )
+    for name in programs:
+        for node in program.exported_program(name).graph.nodes:
+            if node.op == "call_function" and _OUTSIDE.search(str(node.target)):
+                raise RuntimeError(f"{name}: {node.target} is left outside of XNNPACK")
+    return program
 
 
 def _write(program: "ExecutorchProgramManager", path: Path) -> None:

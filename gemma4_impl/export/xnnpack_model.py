@@ -38,8 +38,8 @@ class XnnCache(KVCache):
     def update(self, layer: LayerConfig, keys: Keys, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [1, T, K, H] -> keys [1, K, H, S], values [1, K, S, H]."""
         all_k, all_v = (getattr(self, f"layers_{layer.index}_{name}") for name in "kv")
-        all_k.index_copy_(3, keys.write, k.permute(0, 2, 3, 1))
-        all_v.index_copy_(2, keys.write, v.transpose(1, 2))
+        all_k.index_copy_(3, keys.write, torch.permute_copy(k, (0, 2, 3, 1)))
+        all_v.index_copy_(2, keys.write, torch.permute_copy(v, (0, 2, 1, 3)))
         return all_k, all_v
 
 
@@ -76,12 +76,15 @@ class XnnAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q [1, T, N, H], k [1, K, H, S], v [1, K, S, H], an additive mask [1, 1, T, S] -> [1, T, N * H]."""
-        _, T, N, H = q.shape
+        _, length, N, H = q.shape
         K, S = v.shape[1:3]
-        scores = torch.bmm(q[0].transpose(0, 1).reshape(K, -1, H), k[0])
-        weights = (scores.view(N, -1, S) + mask[0]).softmax(-1)
-        out = torch.bmm(weights.view(K, -1, S), v[0])
-        return out.view(N, -1, H).transpose(0, 1).reshape(1, -1, N * H)
+        rows = N // K * length
+        q = torch.permute_copy(q[0], (1, 0, 2)).view(K, rows, H)
+        hidden = mask[0].expand(N // K, length, S).reshape(1, rows, S)
+        out = torch.bmm((torch.bmm(q, k[0]) + hidden).softmax(-1), v[0])
+        # A product's strides cannot be told from its length, so it is copied before it is split: no view of it is.
+        out = torch.permute_copy(out, (1, 0, 2)).view(N // K, length, K, H)
+        return torch.permute_copy(out, (1, 2, 0, 3)).view(1, length, N * H)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
