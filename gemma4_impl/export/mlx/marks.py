@@ -6,7 +6,7 @@ emits for that node is where the tap can be read: after one instruction, in one 
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class _Marker:
         return _mark(index, prefix + taps.CHOICE[1:])
 
 
-def marking():
+def marking() -> AbstractContextManager[Any]:
     """Inside, a model that is traced has its taps marked."""
     return taps.recording(_Marker())
 
@@ -58,7 +58,7 @@ def unmark(program: ExportedProgram) -> list[str]:
             node.meta.pop(key, None)
         if node.target == torch.ops.gemma4_export.tap.default:
             value, name = node.args
-            value.meta.setdefault("custom", {})[_KEY] = name
+            value.meta["custom"] = {**value.meta.get("custom", {}), _KEY: name}
             names.append(name)
             node.replace_all_uses_with(value)
             graph.erase_node(node)

@@ -113,7 +113,8 @@ class MlxAttention(nn.Module):
         for name, child in attention.named_children():
             self.add_module(name, child)
         self.sliding = layer.layer_type == SLIDING
-        self.rope_theta = rope_theta
+        # MLX takes one or the other.
+        self.rope_base = rope_theta if periods is None else 0.0
         self.register_buffer("periods", periods)
         if not layer.kv_shared:
             for name in ("k_cache", "v_cache"):
@@ -150,7 +151,7 @@ class MlxAttention(nn.Module):
         return norm(x.unflatten(-1, (-1, self.config.head_dim))).transpose(1, 2)
 
     def _rope(self, x: Tensor, start: int) -> Tensor:
-        return torch.ops.mlx.rope(x, self.config.head_dim, start, False, self.rope_theta, 1.0, self.periods)
+        return torch.ops.mlx.rope(x, self.config.head_dim, start, False, self.rope_base, 1.0, self.periods)
 
 
 class MlxRouter(nn.Module):
