@@ -51,11 +51,12 @@ def runner() -> Path:
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, bytes]:
-    toy = toys.Toy(TABLE)
+    toy, quantized = toys.Toy(TABLE), toys.Quantized(TABLE)
     prefill, temperature = toys.prefill(toy), torch.zeros(1)
     both = {"prefill": prefill, "decode": toys.decode(toy)}
     return {
         "toy": toys.lower(both),
+        "quantized": toys.lower({"prefill": toys.prefill(quantized), "decode": toys.decode(quantized)}),
         "unshared": toys.lower(both, shared=False),
         "one method": toys.lower({"forward": toys.forward(toys.OneMethod(TABLE))}),
         "draws": toys.lower({"prefill": prefill, "decode": toys.decode(toys.Draws(TABLE), temperature)}, get_top_k=1),
@@ -133,13 +134,13 @@ def test_same_tokens_as_python(runner, lowered):
 PROMPTS = st.lists(st.integers(0, V - 1), max_size=3 * C + 1).map(lambda ids: [BOS, *ids])
 
 
-@pytest.mark.parametrize("kind", ["toy", "one method"])
+@pytest.mark.parametrize("kind", ["toy", "one method", "quantized"])
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=PROMPTS, count=st.integers(1, 60))
 def test_any_prompt(runner, folders, kind, prompt, count):
     """Chunks of up to C and a remainder of one: every token once, in its place."""
     result = generate(folders[kind], prompt, count)
-    want = toys.greedy(TABLE, prompt, count)
+    want = toys.greedy(TABLE if kind != "quantized" else toys.Quantized(TABLE).table, prompt, count)
     assert list(result.tokens) == want
     assert result.stop_reason == ("eos" if want[-1] in EOS else "length")
     assert result.prompt_tokens == len(prompt)

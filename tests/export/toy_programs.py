@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import executorch.kernels.quantized  # noqa: F401  (the operator of `Quantized`)
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
@@ -13,6 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 V, S, C = 8, 1000, 4
 BOS, EOS, NEVER = 2, (1, 6), 7
+SCALE = 0.05
 CONSTANTS = {
     "get_max_seq_len": S,
     "get_max_prefill_chunk": C,
@@ -57,6 +59,22 @@ class Draws(Toy):
     def forward(self, tokens: Tensor, positions: Tensor, temperature: Tensor) -> Tensor:
         token = super().forward(tokens, positions)[:, 0].argmax(-1)
         return torch.where(temperature == 0.5, token - 1, token)
+
+
+class Quantized(Toy):
+    """A Toy whose table is int8, of the largest numbers that fit; only the quantized kernels can read it."""
+
+    def __init__(self, table: Tensor):
+        super().__init__(table)
+        self.register_buffer("table", (table.clamp(-4, 4) / SCALE).round().to(torch.int8))
+        self.register_buffer("scales", torch.full((V,), SCALE))
+        self.register_buffer("zeros", torch.zeros(V))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.seen[positions[0]] = tokens[0]
+        index = (self.seen.sum() % V).reshape(1, 1)
+        read = torch.ops.quantized_decomposed.embedding_byte
+        return read(self.table, self.scales, self.zeros, -128, 127, index)
 
 
 def greedy(table: Tensor, prompt: list[int], count: int) -> list[int]:
