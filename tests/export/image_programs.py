@@ -19,18 +19,18 @@ from reference.tiny import make_tiny
 
 CHUNK, CONTEXT = 72, 256
 
-# Images that are seen both ways in the sliding layer, a layer that shares its keys, and per-layer inputs, for which an
-# image is padding; the tower clips its linears.
+# Images that are seen both ways in the sliding layer, and per-layer inputs, for which an image is padding; the tower
+# clips its linears.
 SMALL = {
-    "num_hidden_layers": 3,
-    "layer_types": [SLIDING, FULL, FULL],
-    "num_kv_shared_layers": 1,
+    "num_hidden_layers": 2,
+    "layer_types": [SLIDING, FULL],
+    "num_kv_shared_layers": 0,
     "use_bidirectional_attention": "vision",
 }
 
 
 def make_small(folder: Path) -> Path:
-    """An E2B of three layers, with one layer in its tower."""
+    """An E2B of two layers, with one layer in its tower."""
     with mock.patch.dict(tiny_vision.VISION["E2B"], num_hidden_layers=1):
         return make_tiny("E2B", folder, multimodal=True, overrides=SMALL)
 
