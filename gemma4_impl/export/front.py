@@ -85,8 +85,9 @@ def export(
     tower = _load_tower(source, settings.dtype) if vision else None
     report("lowering")
     with warnings.catch_warnings():
-        # torch's own, about every program that ExecuTorch copies.
+        # About every program that ExecuTorch copies, and about every cache.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Mutation on a buffer", category=UserWarning)
         lowered: Lowered = module.lower(opened.model, settings, tower, report)
     with new_folder(out, _nbytes(opened)) as folder:
         report("writing")

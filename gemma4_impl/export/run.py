@@ -1,5 +1,8 @@
 """Generation with an exported program: the prompt in chunks that it takes, token by token then, sampled on the host."""
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +43,9 @@ class Session(Protocol):
 def open_session(folder: Path, manifest: Manifest) -> Session:
     """Loads the program of a folder that `open_folder` checked. Raises ImportError or ValueError where it cannot run
     here."""
-    return load_backend(manifest.backend, ["executorch"]).open_session(folder, manifest)
+    module = load_backend(manifest.backend, ["executorch"])
+    with _quiet():
+        return module.open_session(folder, manifest)
 
 
 def open_program(path: str | Path) -> tuple[Exported, Session, Tokenizer]:
@@ -165,6 +170,20 @@ def generate_in_runner(
     )
     transcript.finish()
     return transcript.generation(len(ids), done.prefill_seconds, done.decode_seconds, 0, False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ExecuTorch's libraries print of the processor when they start; errors come as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _transcript(
