@@ -27,7 +27,7 @@ pytest.importorskip("executorch")
 pytest.importorskip("mlx.core")
 
 _PLAIN = (SHARED, Recipe("26B-A4B", "mlx"), Recipe("E4B", "mlx", dtype="bfloat16"), XNNPACK)
-_QUANTIZED = (QUANTIZED, Recipe("31B", "xnnpack", "default"))
+_QUANTIZED = (QUANTIZED, Recipe("E4B", "xnnpack", "default"))
 
 
 def target(program) -> Program:

@@ -1,4 +1,4 @@
-"""What a fault of an exported program is, and how one is put in: into its making, its files, its graph, its session."""
+"""What a fault of an exported program is, and how one is put in: into its manifest, its graph, or its session."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from parity.inputs import default_tokens
 from reference.tiny import aligned, make_tiny
 
 CHUNK, CONTEXT, LENGTH = 12, 64, 40
-Place = Literal["making", "manifest", "graph", "session"]
+Place = Literal["manifest", "graph", "session"]
 
 # So few layers that an export takes seconds. Two layers of the shared one's type compute keys, so that reading the
 # wrong one's shows.
@@ -52,14 +52,14 @@ class Recipe:
 
 SHARED = Recipe("E2B", "mlx")
 QUANTIZED = Recipe("31B", "mlx", "default")
-XNNPACK = Recipe("31B", "xnnpack")
+XNNPACK = Recipe("E4B", "xnnpack")
 
 
 @dataclass(frozen=True)
 class ExportFault:
     """A mistake that an exporter or a runner makes.
 
-    making: `inject()` is a context in which the program is exported anew. manifest: `inject(manifest)` changes the JSON
+    manifest: `inject(manifest)` changes the JSON
     beside it. graph: `inject(graph)` changes the instructions of an MLX program as they are loaded. session:
     `inject(candidate)` changes the loaded `ProgramCandidate`."""
 
@@ -118,11 +118,7 @@ def find(fault: ExportFault | None, made: Made, folder: Path, path: str = "chunk
     """What the engine says of the program with `fault` in it; `folder` is where a changed copy is put. Raises what
     opening or running it does."""
     at, within = made.folder, nullcontext()
-    if fault and fault.place == "making":
-        at = folder / "program"
-        with fault.inject():
-            _export(made, at)
-    elif fault and fault.place == "manifest":
+    if fault and fault.place == "manifest":
         at = folder / "program"
         shutil.copytree(made.folder, at)
         manifest = json.loads((at / MANIFEST).read_text(encoding="utf-8"))

@@ -1,9 +1,7 @@
-"""Faults in the making of a program, in what its manifest says, and in the loop that feeds it."""
+"""Faults in what a program's manifest says, and in the loop that feeds it."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor
 
@@ -111,14 +109,18 @@ def _change(candidate: ProgramCandidate, slot: Any, change: Callable[[Any], Any]
     constants[slot.index] = change(constants[slot.index])
 
 
-@contextmanager
-def unshared_caches():
-    """Every method with caches of its own: what prefill writes decode does not see."""
-    from executorch.exir import passes
+def unshared_caches(candidate: ProgramCandidate) -> None:
+    """Each method is loaded from a program of its own: what prefill writes decode does not see."""
+    from executorch.runtime import Runtime
 
-    planning = passes.MemoryPlanningPass
-    with patch.object(passes, "MemoryPlanningPass", lambda share_mutable_buffers: planning()):
-        yield
+    session, kept = candidate.session, []
+
+    def reset(original: Any) -> None:
+        original()
+        kept[:] = [Runtime.get().load_program(session.path)]
+        session._methods["decode"] = kept[0].load_method("decode")
+
+    wrap(candidate, "reset", reset)
 
 
 def _set(section: str, name: str, value: Any):
@@ -143,7 +145,6 @@ def larger_chunk(manifest: dict[str, Any]) -> None:
 def methods_exchanged(manifest: dict[str, Any]) -> None:
     methods = manifest["methods"]
     methods["prefill"], methods["decode"] = methods["decode"], methods["prefill"]
-    manifest["constants"]["get_max_prefill_chunk"] = 1
 
 
 SESSION = (
@@ -217,7 +218,7 @@ SESSION = (
     ExportFault(
         "unshared_caches",
         "prefill and decode have caches of their own",
-        "making",
+        "session",
         unshared_caches,
         "layers.0.self_attn.out",
         XNNPACK,
@@ -256,7 +257,7 @@ SESSION = (
         "prefill and decode have each other's names",
         "manifest",
         methods_exchanged,
-        "prefill's tokens is int64 [1, 12], but the manifest says int64 [1, 1]",
+        "methods.prefill takes up to 1 tokens, but constants.get_max_prefill_chunk is 12",
         XNNPACK,
     ),
 )
