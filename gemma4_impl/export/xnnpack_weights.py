@@ -16,7 +16,7 @@ from gemma4_impl.quant.tensor import QuantizedTensor
 def install(model: Gemma4, report: Callable[[str], None]) -> set[str]:
     """Gives every quantized tensor of the model, in place, the form that is lowered; returns the names of those that
     stay integers. The others become dense float32, and `report` is told which and why."""
-    kept = set()
+    kept, rounded = set(), 0
     for name, weight in quantized_weights(model).items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -27,6 +27,10 @@ def install(model: Gemma4, report: Callable[[str], None]) -> set[str]:
             del module.quantized[leaf]
             setattr(module, leaf, nn.Parameter(_intx(weight, isinstance(module, nn.Linear)), requires_grad=False))
             kept.add(name)
+            groups = isinstance(module, nn.Linear) and weight.group_size < weight.shape[-1]
+            rounded += groups and not torch.equal(weight.scale.float(), weight.scale.bfloat16().float())
+    if rounded:
+        report(f"XNNPACK holds the scales of groups in bfloat16: those of {rounded} weights are rounded to it")
     return kept
 
 
