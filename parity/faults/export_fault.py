@@ -107,7 +107,8 @@ def make(recipe: Recipe, folder: Path) -> Made:
     overrides = _LAYERS[recipe.variant]
     if recipe.quantized:
         overrides = overrides | aligned(recipe.variant, 32)
-    make_tiny(recipe.variant, original, overrides=overrides)
+    # XNNPACK holds the scales of groups in bfloat16, as those of a bfloat16 checkpoint are.
+    make_tiny(recipe.variant, original, dtype="bfloat16" if recipe.quantized else "float32", overrides=overrides)
     if recipe.quantized:
         quantize_checkpoint(original, source, load_recipe(recipe.quantized))
     _export(made, made.folder)
