@@ -47,6 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "checkpoint": None if os.environ.get("GEMMA4_CHECKPOINT") else "set GEMMA4_CHECKPOINT to a checkpoint folder",
     }
     for item in items:
+        if "export" in str(item.path.relative_to(item.config.rootpath)):
+            # Lowering a program takes most of such a file's time: its tests share it in one process.
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))

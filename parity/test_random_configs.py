@@ -1,4 +1,4 @@
-"""A healthy model is never red: 200 random small models, each through a full forward and one cache path."""
+"""A healthy model is never red: 100 random small models, each through a full forward and one cache path."""
 
 import gc
 import random
@@ -18,7 +18,7 @@ from reference.tiny import make_tiny
 
 pytestmark = pytest.mark.parity
 
-COUNT = 200
+COUNT = 100
 EVERY_BFLOAT16 = 4
 CACHED = tuple(path for path in PATHS if path != "full")
 
