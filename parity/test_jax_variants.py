@@ -8,7 +8,7 @@ import torch
 
 from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
-from parity import PATHS, budget, engine
+from parity import budget, engine
 from parity.candidate import TorchCandidate
 from parity.candidate_jax import JaxCandidate
 from parity.engine import CANDIDATES, Report, baseline, judge, steps
@@ -20,7 +20,12 @@ pytestmark = pytest.mark.parity
 VARIANTS = ("E2B", "E4B", "26B-A4B", "31B")
 # Each path compiles, but for decode and right_padded, which share what generate and left_padded compile. What is left
 # out here `gemma4 parity` runs: full, chunked and generate of every variant in both dtypes.
-FLOAT32 = {"E2B": ("decode", "left_padded", "right_padded"), "26B-A4B": ("decode",), "E4B": ("full",), "31B": ("decode",)}
+FLOAT32 = {
+    "E2B": ("decode", "left_padded", "right_padded"),
+    "26B-A4B": ("decode",),
+    "E4B": ("full",),
+    "31B": ("decode",),
+}
 BFLOAT16 = {"E2B": ("decode",), "31B": ("right_padded",)}
 # Rounding in float64: 6e-15 is the most that was measured.
 EXACT = 1e-12
