@@ -361,6 +361,10 @@ def test_experts():
         torch.einsum("nmk,nkf->nmf", x, weights[chosen.sort().values]),
         1e-5,
     )
+    for dtype in (torch.bfloat16, torch.float16):
+        half, stack = x.to(dtype), weights.to(dtype)
+        want = torch.einsum("nmk,nkf->nmf", half.float(), stack[chosen].float()).to(dtype)
+        close(run("GatherMmNode", a=half, b=stack, rhs_indices=chosen), want)
     stacks = [quantized(5, 64, 4, 32, torch.float32) for _ in range(3)]
     words, scales, biases, dense = (
         torch.stack([s[i] * (e + 1 if i else 1) for e, s in enumerate(stacks)]) for i in range(4)

@@ -257,7 +257,7 @@ def gather_mm(
     """The flag, which is known only in a run, wins."""
     lhs, rhs = _matrices(guard, a, lhs_indices), _matrices(guard, b, rhs_indices)
     ordered = bool(sorted_indices if sorted_indices_flag is None else sorted_indices_flag)
-    return mx.gather_mm(a, b, lhs, rhs, sorted_indices=ordered)
+    return mx.gather_mm(*_wide(a, b), lhs, rhs, sorted_indices=ordered).astype(a.dtype)  # float32 is all a CPU has
 
 
 @op(
