@@ -40,6 +40,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if inside == only or collection_path == config.rootpath else True
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist must see the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {
         "cuda": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
