@@ -12,7 +12,7 @@ parity: $(VENV)/installed
 	$(BIN)/gemma4 parity
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 bench: $(VENV)/installed
 	@mkdir -p $(RUN) && rm -f $(RUN)/benchmarks.json

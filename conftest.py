@@ -17,6 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # On models this small, threads mostly wait for each other; benchmarks set their own number.
 torch.set_num_threads(1)
@@ -30,6 +31,18 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Test by test; but lowering a program takes most of the time of a file of exports: one process has it whole."""
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if "export" in file else nodeid
+
+    return Scheduling(config, log)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Unless files are named, --benchmark-only collects `bench/` and nothing else, and other runs all but it."""
     if config.args_source is pytest.Config.ArgsSource.ARGS:
@@ -40,7 +53,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if inside == only or collection_path == config.rootpath else True
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist must see the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {
         "cuda": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
@@ -48,9 +60,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "checkpoint": None if os.environ.get("GEMMA4_CHECKPOINT") else "set GEMMA4_CHECKPOINT to a checkpoint folder",
     }
     for item in items:
-        if "export" in str(item.path.relative_to(item.config.rootpath)):
-            # Lowering a program takes most of such a file's time: its tests share it in one process.
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
