@@ -369,7 +369,8 @@ def test_json_of_a_quantized_candidate():
     assert (entry["checkpoint"], entry["candidate"], entry["verdict"]) == ("E2B", "gguf:x", "red")
     assert entry["stored_bytes"] == 420 + 36 + 36 + 32
     assert entry["bits_per_weight"] == pytest.approx(8 * 524 / (64 * 8 + 2 * 64 + 8))
-    assert set(entry["stages"]) == {"weights", "dequantized", "packed"}
+    assert set(entry["stages"]) == {"weights", "activations", "dequantized", "packed"}
+    assert entry["stages"]["activations"] is None
     assert entry["stages"]["weights"]["logits"]["kl_mean"] == 2e-3
     assert [stage["path"] for stage in entry["stages"]["packed"]] == ["full", "decode"]
     assert entry["tensors"][1]["wrong"] == ["misread: 5 of 64 values are not what the reference's reader finds"]

@@ -99,8 +99,8 @@ def test_clear_lines(tiny, tiny_images, files, tmp_path):
         ((mm, "--image", tmp_path / "no.png"), "no such file"),
         ((mm, "--image", mm / "config.json"), "not an image"),
         ((broken, "--image", files[0]), f"1 missing: {lost.removeprefix('model.')}"),
-        ((mm, "--image", files[0], "--stream"), "not with --stream"),
-        ((mm, "--image", files[0], "--candidate", "quantized:default"), "quantized candidate"),
+        ((mm, "--image", files[0], "--stream"), "without --stream"),
+        ((mm, "--image", files[0], "--candidate", "quantized:default"), "only with our own models"),
     ]
     for args, message in lines:
         code, output = run("parity", *args, "-o", tmp_path / "out")
