@@ -18,18 +18,11 @@ from gemma4_impl.export.cuda_aoti import (
     state_sizes,
 )
 from gemma4_impl.export.cuda_graph import export_programs
+from gemma4_impl.export.program import Limits
 from gemma4_impl.export.source import open_source
 from gemma4_impl.model.cache import KVCache
 
 ON_GPU = needs("triton", cuda=True)
-
-
-class Facts:
-    """What a session takes from a manifest."""
-
-    def __init__(self, given: Given, chunk: int):
-        self.vocab_size, self.max_seq_len = given.config.vocab_size, given.context + NEW
-        self.max_prefill_chunk, self.extra = chunk, {}
 
 
 class Exported:
@@ -49,7 +42,8 @@ class Exported:
         compile_packages(programs, folder)
         self.capacity, self.chunk = cache.capacity, chunk
         self.state = new_state(state_sizes(cache, given.config.vocab_size), device)
-        self.session = Session(link_packages(folder, {**tensors, **self.state}), self.state, Facts(given, chunk))
+        limits = Limits(context + NEW, chunk, given.config.vocab_size)
+        self.session = Session(link_packages(folder, {**tensors, **self.state}), self.state, limits)
 
     def prefill(self, given: Given) -> Tensor:
         """[V]."""

@@ -148,7 +148,8 @@ def stats_line(g: "Generation") -> str:
 
 def summary(manifest: "Manifest", out: Path) -> list[str]:
     """What was written."""
-    from gemma4_impl.export.folder import PROGRAM, dtype_name
+    from gemma4_impl.export.folder import PROGRAM
+    from gemma4_impl.export.program import dtype_name
 
     caches = sum(c.get("bytes", 0) for c in manifest.caches.values() if isinstance(c, dict))
     return [

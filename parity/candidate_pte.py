@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
-from gemma4_impl.export.folder import dtype_name
+from gemma4_impl.export.program import dtype_name
 from gemma4_impl.export.run import Session
 from parity.candidate import RAGGED
 from reference.chunks import chunks

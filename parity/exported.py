@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from gemma4_impl.export.folder import Manifest, dtype_name, open_folder
+from gemma4_impl.export.folder import Manifest, open_folder
+from gemma4_impl.export.program import dtype_name
 from gemma4_impl.export.run import open_session
 from parity.affine import AffineWeights
 from parity.candidate import TorchCandidate

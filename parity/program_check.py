@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from gemma4_impl.config import SLIDING
-from gemma4_impl.export.folder import Exported, Method, Value, dtype_name
+from gemma4_impl.export.folder import Exported
 from gemma4_impl.export.inspect import inspect
+from gemma4_impl.export.program import Method, Value, dtype_name
 
 _DTYPES = {"long": "int64", "int": "int32", "float": "float32", "half": "float16", "double": "float64"}
 _CACHE = re.compile(r"layers[._](\d+)\b.*?[._]?([kv])(_cache)?$|layers_(\d+)_([kv])$")

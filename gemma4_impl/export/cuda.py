@@ -14,7 +14,8 @@ from gemma4_impl.config import TextConfig
 from gemma4_impl.export import cuda_aoti
 from gemma4_impl.export.cuda_aoti import open_session as open_session
 from gemma4_impl.export.cuda_graph import export_programs, kernel_choices, refusals
-from gemma4_impl.export.folder import PROGRAM, Lowered, Method, Settings, Value, constants
+from gemma4_impl.export.folder import PROGRAM
+from gemma4_impl.export.program import Lowered, Method, Settings, Value, constants
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
 

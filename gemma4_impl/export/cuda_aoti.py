@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from gemma4_impl.export.folder import Manifest, cache_sizes, dtype_name
+from gemma4_impl.export.folder import Manifest
+from gemma4_impl.export.program import Limits, cache_sizes, dtype_name
 from gemma4_impl.generation import Sampling
 from gemma4_impl.kernels.steps import sampling_state
 from gemma4_impl.model.cache import KVCache
@@ -130,7 +131,7 @@ def open_session(folder: Path, manifest: Manifest) -> "Session":
     if not torch.cuda.is_available():
         raise ValueError(f"{folder}: a CUDA program needs an NVIDIA GPU, and there is none here")
     state = new_state(manifest.caches, "cuda")
-    return Session(load_packages(folder, state, "cuda"), state, manifest)
+    return Session(load_packages(folder, state, "cuda"), state, manifest.limits, manifest.extra.get("top_k"))
 
 
 class Session:
@@ -138,10 +139,15 @@ class Session:
 
     taps = False
 
-    def __init__(self, functions: Mapping[str, Function], state: Mapping[str, Tensor], manifest: Manifest):
-        self.functions, self.state = functions, state
-        self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
-        self.max_chunk, self.top_k = manifest.max_prefill_chunk, manifest.extra.get("top_k")
+    def __init__(
+        self,
+        functions: Mapping[str, Function],
+        state: Mapping[str, Tensor],
+        limits: Limits,
+        top_k: int | None = None,
+    ):
+        """`top_k` is what `decode` was exported with."""
+        self.functions, self.state, self.limits, self.top_k = functions, state, limits, top_k
         self.device = device = state["state"].device
         self.length = 0
         """Tokens fed so far, those of steps that run ahead among them."""
@@ -166,7 +172,7 @@ class Session:
     def forward(self, tokens: Tensor, position: int) -> Tensor:
         """tokens int64 [1, T], the first of them at `position`, where the session ends -> the last one's float32 logits
         [1, V]: one token by `decode`, more by `prefill`. Raises ValueError for what does not fit."""
-        T = self._check(tokens, position)
+        T = self.limits.check_chunk(tokens, position, self.length)
         tokens = tokens.to(self.device)
         positions = torch.arange(position, position + T, device=self.device)[None]
         if T == 1:
@@ -186,8 +192,8 @@ class Session:
             raise ValueError(
                 f"the program draws with top_k = {self.top_k} and without top_p; export it anew for others"
             )
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        if not 0 <= token < self.limits.vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary of {self.limits.vocab_size}")
         seed = sampling.generator("cpu").initial_seed()
         self.state["state"].copy_(sampling_state(seed, self.device))
         self._token.fill_(token)
@@ -205,8 +211,8 @@ class Session:
         be drawn, because logits are NaN."""
         if not self._started:
             raise ValueError("a session decodes from the token that `start` was given")
-        if self.length + steps > self.max_seq_len:
-            raise ValueError(f"{steps} more tokens do not fit the program (max_seq_len = {self.max_seq_len})")
+        if self.length + steps > self.limits.max_seq_len:
+            raise ValueError(f"{steps} more tokens do not fit the program (max_seq_len = {self.limits.max_seq_len})")
         first, ahead = self._launched, int(self._on_gpu)
         for i in range(first, first + steps):
             while self._launched < min(i + 1 + ahead, first + steps):
@@ -253,22 +259,6 @@ class Session:
         with torch.cuda.graph(graph):
             self._step()
         return graph
-
-    def _check(self, tokens: Tensor, position: int) -> int:
-        if tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.shape[1] or tokens.dtype != torch.long:
-            raise ValueError(f"tokens must be int64 [1, T] with T >= 1, got {tokens.dtype} {list(tokens.shape)}")
-        T = tokens.shape[1]
-        if self.max_chunk < T:
-            raise ValueError(f"chunk of {T} tokens exceeds the program's max_prefill_chunk = {self.max_chunk}")
-        if position != self.length:
-            raise ValueError(f"position {position} does not continue the session, which ends at {self.length}")
-        if position + T > self.max_seq_len:
-            raise ValueError(f"position {position + T - 1} is past the end (max_seq_len = {self.max_seq_len})")
-        low, high = (int(t) for t in tokens.aminmax())
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
-        return T
 
 
 def _memory(tensor: Tensor) -> tuple:

@@ -3,116 +3,27 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import nn
 
 from gemma4_impl.config import TextConfig
 from gemma4_impl.errors import one_line, plain, short
+from gemma4_impl.export.program import EOS, INT_CONSTANTS, WIDE, Limits, Method, Settings, Value, constants, dtype_name
 from gemma4_impl.folders import write_json
 
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, CONFIG = "manifest.json", "model.pte", "config.json"
 BACKENDS = ("xnnpack", "mlx", "cuda")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LARGEST = 1 << 24
-_WIDE = 1 << 48
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_INT_CONSTANTS = (
-    "get_max_seq_len",
-    "get_max_prefill_chunk",
-    "get_vocab_size",
-    "get_bos_id",
-    "use_kv_cache",
-    "get_n_layers",
-    "get_sliding_window",
-)
-_EOS = "get_eos_ids"
 
 
 class ExportError(ValueError):
     """An exported folder that is damaged, or contradicts itself; the message names the file and what is wrong."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a program is made for. Raises ValueError naming the field."""
-
-    max_seq_len: int
-    """Tokens of context that the caches hold."""
-    max_prefill_chunk: int
-    """The most tokens in one call."""
-    dtype: torch.dtype
-    taps: bool = False
-    """Whether the program also returns the model's taps, as further outputs."""
-    eos_ids: tuple[int, ...] = ()
-    """Ids that end a reply beside those of config.json: what the tokenizer's files say."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_prefill_chunk"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < _WIDE:
-                raise ValueError(f"{name} = {short(value)}: must be an integer >= 1")
-        if self.max_prefill_chunk > self.max_seq_len:
-            raise ValueError(f"max_prefill_chunk = {self.max_prefill_chunk} exceeds max_seq_len = {self.max_seq_len}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype = {short(self.dtype)}: must be float32, bfloat16 or float16")
-
-
-def constants(config: TextConfig, settings: Settings) -> dict[str, int | list[int]]:
-    """The metadata that every program carries as constant methods, and its manifest too."""
-    return {
-        "get_max_seq_len": settings.max_seq_len,
-        "get_max_prefill_chunk": settings.max_prefill_chunk,
-        "get_vocab_size": config.vocab_size,
-        "get_bos_id": config.bos_token_id,
-        _EOS: sorted({*config.eos_token_id, *settings.eos_ids}),
-        "use_kv_cache": 1,
-        "get_n_layers": config.num_hidden_layers,
-        "get_sliding_window": config.sliding_window,
-    }
-
-
-def cache_sizes(cache: nn.Module) -> dict[str, dict[str, Any]]:
-    """dtype, shape and bytes of every buffer of a cache, for the manifest."""
-    return {
-        name: {"dtype": dtype_name(b.dtype), "shape": list(b.shape), "bytes": b.nbytes}
-        for name, b in cache.named_buffers()
-    }
-
-
-@dataclass(frozen=True)
-class Value:
-    """An input or output of a method. An entry of its shape is a size, or the bounds of one: {"min":, "max":}."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int | dict[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Method:
-    inputs: list[Value]
-    outputs: list[Value]
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """What a backend made of a model."""
-
-    write: Callable[[Path], None]
-    """Writes model.pte, and .ptd files if there are any, into a folder."""
-    methods: dict[str, Method]
-    constants: dict[str, int | list[int]]
-    caches: dict[str, Any]
-    """What the program keeps between calls; JSON."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What else the backend wants to find again; JSON."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +53,10 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ExportError(f"backend {short(self.backend)} is unknown; known: {', '.join(BACKENDS)}")
-        for key in (*_INT_CONSTANTS, _EOS):
+        for key in (*INT_CONSTANTS, EOS):
             if key not in self.constants:
                 raise ExportError(f"constants: {key} is missing")
-            if isinstance(self.constants[key], int) != (key in _INT_CONSTANTS):
+            if isinstance(self.constants[key], int) != (key in INT_CONSTANTS):
                 raise ExportError(f"constants.{key} = {short(self.constants[key])} is of the wrong type")
         chunk, vocab = self.max_prefill_chunk, self.constants["get_vocab_size"]
         try:
@@ -157,12 +68,12 @@ class Manifest:
         needed = ["forward"] if self.backend == "mlx" else ["decode", *["prefill"] * (chunk > 1)]
         if absent := [name for name in needed if name not in self.methods]:
             raise ExportError(f"methods: {absent[0]} is missing, which {self.backend} programs have")
-        self._check_chunk(needed[-1], chunk)
+        self._check_longest(needed[-1], chunk)
         for name in (PROGRAM, CONFIG):
             if name not in self.files:
                 raise ExportError(f"files: {name} is missing")
 
-    def _check_chunk(self, method: str, chunk: int) -> None:
+    def _check_longest(self, method: str, chunk: int) -> None:
         for value in self.methods[method].inputs:
             if value.name == "tokens" and len(value.shape) == 2:
                 length = value.shape[1]
@@ -185,12 +96,16 @@ class Manifest:
         return self.constants["get_vocab_size"]
 
     @property
+    def limits(self) -> Limits:
+        return Limits(self.max_seq_len, self.max_prefill_chunk, self.vocab_size)
+
+    @property
     def bos_id(self) -> int:
         return self.constants["get_bos_id"]
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        return tuple(self.constants[_EOS])
+        return tuple(self.constants[EOS])
 
     @property
     def nbytes(self) -> int:
@@ -304,10 +219,6 @@ def hash_files(folder: Path) -> dict[str, File]:
     return out
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -367,12 +278,12 @@ def _method(part: _Object) -> Method:
 
 
 def _size(raw: object, where: str) -> int | dict[str, int]:
-    if type(raw) is int and 0 <= raw < _WIDE:
+    if type(raw) is int and 0 <= raw < WIDE:
         return raw
     if isinstance(raw, dict):
         bounds = _Object(raw, where)
         low, high = bounds.get("min", int), bounds.get("max", int)
-        if set(raw) == {"min", "max"} and 0 <= low <= high < _WIDE:
+        if set(raw) == {"min", "max"} and 0 <= low <= high < WIDE:
             return {"min": low, "max": high}
     raise ExportError(f'{where}: {short(raw)} is neither a size nor {{"min":, "max":}}')
 
@@ -386,7 +297,7 @@ def _dtype(name: str, where: str) -> torch.dtype:
 
 def _constant(value: object, name: str) -> int | list[int]:
     values = value if isinstance(value, list) else [value]
-    if not all(type(v) is int and abs(v) < _WIDE for v in values):
+    if not all(type(v) is int and abs(v) < WIDE for v in values):
         raise ExportError(f"constants.{plain(name)} = {short(value)}: must be an integer or a list of them")
     return value
 

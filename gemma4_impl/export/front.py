@@ -17,7 +17,8 @@ import torch
 
 from gemma4_impl.checkpoint import check_fits, open_checkpoint
 from gemma4_impl.config import TextConfig
-from gemma4_impl.export.folder import BACKENDS, CONFIG, Lowered, Manifest, Settings, dtype_name, hash_files
+from gemma4_impl.export.folder import BACKENDS, CONFIG, Manifest, hash_files
+from gemma4_impl.export.program import Lowered, Settings, dtype_name
 from gemma4_impl.export.source import Source, open_source
 from gemma4_impl.folders import check_out, copy_files, new_folder, write_json
 from gemma4_impl.model.decoder import Gemma4

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from gemma4_impl.config import TextConfig
-from gemma4_impl.export.folder import Method, Settings, Value
+from gemma4_impl.export.program import Method, Settings, Value
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4, RMSNorm
 from gemma4_impl.model.soft_tokens import SoftTokens, merge

@@ -15,7 +15,8 @@ from gemma4_impl import taps as tap_points
 from gemma4_impl.config import TextConfig
 from gemma4_impl.errors import one_line
 from gemma4_impl.export import vision
-from gemma4_impl.export.folder import PROGRAM, Lowered, Manifest, Method, Settings, Value, cache_sizes, constants
+from gemma4_impl.export.folder import PROGRAM, Manifest
+from gemma4_impl.export.program import Lowered, Method, Settings, Value, cache_sizes, constants
 from gemma4_impl.export.source import quantized_weights
 from gemma4_impl.export.xnnpack_model import XnnCache, prepare
 from gemma4_impl.export.xnnpack_weights import check_linears, install
@@ -210,7 +211,9 @@ class Session:
 
         `images` are the soft tokens in this chunk. Raises ValueError for a position that does not continue the
         sequence, too many tokens, ids outside the vocabulary, and images or taps that the program does not have."""
-        length = self._check(tokens, position, taps)
+        length = self.manifest.limits.check_chunk(tokens, position, self.length)
+        if taps and not self.manifest.taps:
+            raise ValueError("this program returns no taps; export it with taps")
         positions = torch.arange(position, position + length)[None]
         name, inputs = DECODE if length == 1 else PREFILL, (tokens.contiguous(), positions)
         if images is not None and bool(images.mask.any()):
@@ -248,25 +251,6 @@ class Session:
         if taps:
             raise ValueError("no taps of a chunk with images; the method returns none")
         return images.embeds.float().contiguous(), vision.ends_of(images, positions)
-
-    def _check(self, tokens: Tensor, position: int, taps: bool) -> int:
-        manifest = self.manifest
-        if tokens.dtype != torch.long or tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.shape[1]:
-            raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}; expected int64 [1, T]")
-        length = tokens.shape[1]
-        if length > manifest.max_prefill_chunk:
-            raise ValueError(f"{length} tokens at once; the program takes {manifest.max_prefill_chunk}")
-        if position != self.length:
-            raise ValueError(f"position {position} does not continue the sequence, which ends at {self.length}")
-        if position + length > manifest.max_seq_len:
-            raise ValueError(f"position {position + length - 1} is past the end (max_seq_len = {manifest.max_seq_len})")
-        low, high = (int(t) for t in tokens.aminmax())
-        if low < 0 or high >= manifest.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {manifest.vocab_size}")
-        if taps and not manifest.taps:
-            raise ValueError("this program returns no taps; export it with taps")
-        return length
 
 
 def _load(path: Path) -> "Program":

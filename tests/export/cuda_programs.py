@@ -13,7 +13,7 @@ from gemma4_impl.config import FULL, SLIDING
 from gemma4_impl.export import source
 from gemma4_impl.export.cuda_aoti import Session, new_state, state_sizes
 from gemma4_impl.export.cuda_graph import export_programs
-from gemma4_impl.export.folder import Settings
+from gemma4_impl.export.program import Limits, Settings
 from gemma4_impl.model.cache import KVCache
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.quantize import quantize
@@ -22,6 +22,7 @@ from gemma4_impl.quant.tensor import QuantizedTensor
 from reference.tiny import aligned, make_tiny
 
 CHUNK, CONTEXT, VOCAB = 6, 90, 512
+LIMITS = Limits(CONTEXT, CHUNK, VOCAB)
 LENGTHS = (5, 6, 2, 1, 1, 6, 1, 3, 6, 1, 1, 4, 1)
 """Chunks, four windows in all and more, so that rings of W - 1 + 6 slots wrap; single tokens are decoded."""
 
@@ -83,15 +84,6 @@ def exported(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, top_k: 
     return Case(checkpoint, dtype, model, cache, export_programs(model, cache, top_k))
 
 
-class Facts:
-    """What a session takes from a manifest."""
-
-    vocab_size, max_seq_len, max_prefill_chunk = VOCAB, CONTEXT, CHUNK
-
-    def __init__(self, top_k: int | None = None):
-        self.extra = {"top_k": top_k}
-
-
 def settings(dtype: torch.dtype = torch.float32, **changes) -> Settings:
     return Settings(**({"max_seq_len": CONTEXT, "max_prefill_chunk": CHUNK, "dtype": dtype} | changes))
 
@@ -103,7 +95,7 @@ def session(case: Case, top_k: int | None = None) -> Session:
     state = {name: buffers[name] for name in state_sizes(case.cache, VOCAB)}
     for name, value in new_state(state_sizes(case.cache, VOCAB), "cpu").items():
         state[name].copy_(value)
-    return Session(functions, state, Facts(top_k))
+    return Session(functions, state, LIMITS, top_k)
 
 
 def prompt(length: int = sum(LENGTHS), seed: int = 1) -> Tensor:

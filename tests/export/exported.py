@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from gemma4_impl.config import TextConfig
-from gemma4_impl.export.folder import PROGRAM, File, Manifest, Method, Settings, Value, constants, hash_files
+from gemma4_impl.export.folder import PROGRAM, File, Manifest, hash_files
+from gemma4_impl.export.program import Method, Settings, Value, constants
 from gemma4_impl.folders import write_json
 
 _NO_FILE = File(0, "0" * 64)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gemma4_impl.config import TextConfig
-from gemma4_impl.export.folder import PROGRAM, Lowered, Manifest, Method, Settings, Value, cache_sizes, constants
+from gemma4_impl.export.folder import PROGRAM, Manifest
+from gemma4_impl.export.program import Lowered, Method, Settings, Value, cache_sizes, constants
 from gemma4_impl.export.source import dequantize
 from gemma4_impl.model.decoder import Gemma4
 

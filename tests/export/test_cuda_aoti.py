@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cuda_programs import CHUNK, CONTEXT, VOCAB, Facts, chunked, prompt, session, weights
+from cuda_programs import CHUNK, CONTEXT, LIMITS, VOCAB, chunked, prompt, session, weights
 from cuda_programs import exported as export
 from safetensors import safe_open
 
@@ -37,7 +37,7 @@ def test_chunks_and_decode_across_two_packages(packaged):
     """Ragged prefill by one package and decode by the other, on the same caches, is what the graphs compute eagerly."""
     case, expected, folder = packaged
     state = new_state(state_sizes(case.cache, VOCAB), "cpu")
-    program = Session(load_packages(folder, state, "cpu"), state, Facts())
+    program = Session(load_packages(folder, state, "cpu"), state, LIMITS)
     assert set(program.functions) == {"prefill", "decode"}
     for tokens in (prompt(), prompt(seed=2)):
         got, want = chunked(program.forward, tokens), chunked(expected.forward, tokens)
@@ -58,7 +58,7 @@ def test_two_sessions_do_not_share_a_state(packaged):
     sessions = []
     for _ in range(2):
         state = new_state(state_sizes(case.cache, VOCAB), "cpu")
-        sessions.append(Session(load_packages(folder, state, "cpu"), state, Facts()))
+        sessions.append(Session(load_packages(folder, state, "cpu"), state, LIMITS))
     one, other = sessions
     assert torch.equal(one.forward(tokens, 0), other.forward(tokens, 0))
     other.forward(tokens.flip(1), CHUNK)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cuda_programs import (
     CONTEXT,
+    LIMITS,
     VOCAB,
-    Facts,
     Quantized,
     chunked,
     dense,
@@ -46,7 +46,7 @@ def case(request, tmp_path_factory):
 
     def session() -> Session:
         state = new_state(sizes, "cuda")
-        return Session(load_packages(folder, state, "cuda"), state, Facts(5))
+        return Session(load_packages(folder, state, "cuda"), state, LIMITS, 5)
 
     return found.checkpoint, dtype, session
 

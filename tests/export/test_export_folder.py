@@ -14,17 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma4_impl.config import TextConfig
-from gemma4_impl.export.folder import (
-    MANIFEST,
-    PROGRAM,
-    ExportError,
-    Lowered,
-    Manifest,
-    Settings,
-    constants,
-    hash_files,
-    open_folder,
-)
+from gemma4_impl.export.folder import MANIFEST, PROGRAM, ExportError, Manifest, hash_files, open_folder
+from gemma4_impl.export.program import Lowered, Settings, constants
 
 CONFIG = TextConfig.from_dict(hub())
 
@@ -70,6 +61,37 @@ def test_round_trip(written):
 def test_settings_are_checked(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Settings(**{"max_seq_len": 64, "max_prefill_chunk": 8, "dtype": torch.float32} | kwargs)
+
+
+ONES = torch.ones(1, 8, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "position", "message"),
+    [
+        (ONES, 1, "position 1 does not continue the sequence, which ends at 16"),
+        (torch.ones(1, 9, dtype=torch.long), 16, "9 tokens at once; the program takes 8"),
+        (ONES * CONFIG.vocab_size, 16, f"token id {CONFIG.vocab_size} is outside the vocabulary"),
+        (-ONES, 16, "token id -1 is outside"),
+        (ONES.int(), 16, r"tokens are int32 \[1, 8\]; expected int64 \[1, T\]"),
+        (ONES[0], 16, "expected int64"),
+        (ONES[:, :0], 16, "expected int64"),
+        (ONES.repeat(2, 1), 16, "expected int64"),
+    ],
+)
+def test_what_programs_are_fed_is_checked(tokens, position, message):
+    limits = manifest_for(CONFIG, {}).limits
+    with pytest.raises(ValueError, match=message):
+        limits.check_chunk(tokens, position, 16)
+
+
+def test_a_sequence_ends_with_the_context():
+    limits = manifest_for(CONFIG, {}).limits
+    assert limits.check_chunk(ONES, 56, 56) == 8
+    assert limits.check_chunk(ONES[:, :1], 63, 63) == 1
+    for position in (57, 63, 64):
+        with pytest.raises(ValueError, match=rf"position {position + 7} is past the end \(max_seq_len = 64\)"):
+            limits.check_chunk(ONES, position, position)
 
 
 def _without(*keys):

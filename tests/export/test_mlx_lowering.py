@@ -12,7 +12,7 @@ from test_mlx_weights import quantized_model
 
 from gemma4_impl import taps
 from gemma4_impl.config import FULL, TextConfig
-from gemma4_impl.export.folder import Lowered, Settings
+from gemma4_impl.export.program import Lowered, Settings
 from gemma4_impl.export.source import quantized_weights
 
 pytest.importorskip("executorch")

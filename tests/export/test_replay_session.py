@@ -16,8 +16,9 @@ from test_mlx_weights import quantized_model
 from torch import Tensor
 
 from gemma4_impl.config import FULL, SLIDING
-from gemma4_impl.export.folder import PROGRAM, File, Manifest, Settings
+from gemma4_impl.export.folder import PROGRAM, File, Manifest
 from gemma4_impl.export.mlx import lower
+from gemma4_impl.export.program import Settings
 from gemma4_impl.export.replay import Session, open_session
 from gemma4_impl.export.replay.pte import parse_pte
 from gemma4_impl.export.source import dequantize
@@ -139,20 +140,15 @@ def test_what_is_fed_is_checked(quantized, session):
     tokens = quantized.tokens
     feed(session, tokens[:, :8], (6, 2))
     for wrong, position, message in (
-        (tokens[:, :7], 8, "chunk of 7 tokens, but the program takes 6 at a time"),
-        (tokens[:, :1], 7, "position 7 does not continue the context, which has 8 tokens"),
-        (tokens[:, :0], 8, r"tokens must be int64 \[1, T\]"),
-        (tokens[0, :1], 8, r"tokens must be int64 \[1, T\]"),
-        (tokens[:, :1].int(), 8, r"tokens must be int64 \[1, T\]"),
+        (tokens[:, :1], 7, "position 7 does not continue the sequence, which ends at 8"),
         (tokens[:, :1] * 0 + 64, 8, "token id 64 is outside the vocabulary of 64"),
-        (tokens[:, :1] * 0 - 1, 8, "token id -1 is outside the vocabulary of 64"),
     ):
         with pytest.raises(ValueError, match=message):
             session.forward(wrong, position)
     assert session.length == 8
     while session.length + CHUNK <= CONTEXT:
         session.forward(tokens[:, :CHUNK], session.length)
-    with pytest.raises(ValueError, match=f"is past the program's max_seq_len = {CONTEXT}"):
+    with pytest.raises(ValueError, match=rf"past the end \(max_seq_len = {CONTEXT}\)"):
         session.forward(tokens[:, :CHUNK], session.length)
     with pytest.raises(ValueError, match="exported without a vision tower"):
         session.forward(

@@ -22,7 +22,7 @@ from scipy.stats import chi2
 
 from gemma4_impl.config import FULL, SLIDING, TextConfig
 from gemma4_impl.export import xnnpack
-from gemma4_impl.export.folder import Settings
+from gemma4_impl.export.program import Settings
 from gemma4_impl.generation import Sampling
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.model.sampler import allowed

@@ -10,7 +10,7 @@ from image_programs import CHUNK, CONTEXT, Multimodal, make_small
 
 from gemma4_impl.config import ConfigError
 from gemma4_impl.export import front
-from gemma4_impl.export.folder import Settings
+from gemma4_impl.export.program import Settings
 from gemma4_impl.export.vision import _Fed, check_images, ends_of, for_xnnpack
 from gemma4_impl.model.soft_tokens import SoftTokens
 from gemma4_impl.vision.images import ImageEncoder

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma4_impl.export.folder import Lowered, Manifest, Settings
+from gemma4_impl.export.folder import Manifest
+from gemma4_impl.export.program import Lowered, Settings
 from gemma4_impl.model.decoder import Gemma4
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from gemma4_impl.export import vision as images
-from gemma4_impl.export.folder import PROGRAM, Lowered, Method, Settings, Value, constants, dtype_name
+from gemma4_impl.export.folder import PROGRAM
 from gemma4_impl.export.mlx import marks, weights
 from gemma4_impl.export.mlx.bindings import import_mlx_backend
 from gemma4_impl.export.mlx.model import HEADS_FIRST, MlxGemma4
+from gemma4_impl.export.program import Lowered, Method, Settings, Value, constants, dtype_name
 from gemma4_impl.export.source import quantized_weights
 from gemma4_impl.model.decoder import Gemma4
 

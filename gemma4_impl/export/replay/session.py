@@ -52,7 +52,7 @@ class Session:
             taps: also return the taps of the vocabulary, [1, T, ...] in the program's dtype, or [1, 1, ...] of the last
                 token where nothing else was computed.
         Raises ValueError for input that does not fit, and as `Machine.run`."""
-        self._check(tokens, position)
+        self.manifest.limits.check_chunk(tokens, position, self.length)
         if taps and not self._taps:
             raise ValueError("the program was exported without taps")
         wanted = {name: tap for name, (tap, _) in self._taps.items()} if taps else {}
@@ -93,26 +93,6 @@ class Session:
     def vision(self, patches: Tensor, positions: Tensor) -> Tensor:
         """patches [1, P, C], positions int64 [1, P, 2] -> soft tokens [1, L, D]."""
         return self.run("vision", patches, positions)[0]
-
-    def _check(self, tokens: Tensor, position: int) -> None:
-        most, context, vocab = (
-            self.manifest.max_prefill_chunk,
-            self.manifest.max_seq_len,
-            self.manifest.vocab_size,
-        )
-        if tokens.dtype != torch.long or tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.numel():
-            raise ValueError(f"tokens must be int64 [1, T], T >= 1, got {tokens.dtype} {list(tokens.shape)}")
-        if tokens.shape[1] > most:
-            raise ValueError(f"chunk of {tokens.shape[1]} tokens, but the program takes {most} at a time")
-        if position != self.length:
-            raise ValueError(
-                f"position {short(position)} does not continue the context, which has {self.length} tokens"
-            )
-        if position + tokens.shape[1] > context:
-            raise ValueError(f"position {position + tokens.shape[1] - 1} is past the program's max_seq_len = {context}")
-        low, high = (int(t) for t in tokens.aminmax())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}")
 
 
 def open_session(folder: Path, manifest: Manifest) -> Session:
