@@ -1,9 +1,10 @@
 """Shared fixtures; benchmarks are collected only when asked for; tests that need hardware skip with a reason."""
 
+import gc
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # JAX reads these when it is imported: eight devices of a CPU, and of a GPU no more memory than is used.
@@ -17,7 +18,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 import torch
-from xdist.scheduler import LoadScopeScheduling
 
 # On models this small, threads mostly wait for each other; benchmarks set their own number.
 torch.set_num_threads(1)
@@ -29,18 +29,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     chosen = getattr(config.option, "numprocesses", None)
     if config.option.markexpr == "parity" and chosen is None and not config.option.usepdb:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    """Test by test; but lowering a program takes most of the time of a file of exports: one process has it whole."""
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if "export" in file else nodeid
-
-    return Scheduling(config, log)
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        # One process has a file whole: what its tests share (programs, truths, compiled functions) is made once.
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -53,7 +44,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if inside == only or collection_path == config.rootpath else True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        # The longest files first, so that no process is left with one at the end.
+        items.sort(
+            key=lambda item: not item.nodeid.startswith(("parity", "tests/export", "tests/nnx", "tests/test_export"))
+        )
     reasons = {
         "cuda": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
         "mlx_device": None if torch.backends.mps.is_available() else "needs a Mac with Metal",
@@ -76,6 +72,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"not tried here, {len(untried)} tests, each {reason}: {listed}")
 
 
+@pytest.fixture(scope="module")
+def quiet_heap() -> Iterator[None]:
+    """For tests that bound times: the collector does not walk what other tests left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """variant -> folder of its tiny checkpoint in float32, made once a session."""
@@ -86,6 +91,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(variant: str) -> Path:
         if variant not in made:
             made[variant] = make_tiny(variant, tmp_path_factory.mktemp("tiny") / variant)
+        return made[variant]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """variant -> folder of a checkpoint like `tiny`'s of as few layers as have every feature, made once a session."""
+    from reference.tiny import SHORT, make_tiny
+
+    made: dict[str, Path] = {}
+
+    def make(variant: str) -> Path:
+        if variant not in made:
+            folder = tmp_path_factory.mktemp("short") / variant
+            made[variant] = make_tiny(variant, folder, overrides=SHORT[variant])
         return made[variant]
 
     return make

@@ -26,7 +26,14 @@ pytestmark = pytest.mark.parity
 pytest.importorskip("executorch")
 pytest.importorskip("mlx.core")
 
-_PLAIN = (SHARED, Recipe("26B-A4B", "mlx"), Recipe("E4B", "mlx", dtype="bfloat16"), XNNPACK)
+_PLAIN = (
+    SHARED,
+    Recipe("26B-A4B", "mlx"),
+    Recipe("E4B", "mlx", dtype="bfloat16"),
+    XNNPACK,
+    Recipe("E2B", "xnnpack"),
+    Recipe("26B-A4B", "xnnpack"),
+)
 _QUANTIZED = (QUANTIZED, Recipe("E4B", "xnnpack", "default"))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma4_impl import names
 from gemma4_impl.checkpoint import Checkpoint
-from gemma4_impl.config import FULL, SLIDING, TextConfig
+from gemma4_impl.config import TextConfig
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.nnx import train
 from parity import budget, grad
@@ -26,17 +26,10 @@ from parity.metrics import measure
 from reference.gradients import gradients, parameters
 from reference.hf import HFReference
 from reference.jax import TappedModel
-from reference.tiny import make_tiny
+from reference.tiny import SHORT, make_tiny
 
 pytestmark = pytest.mark.parity
 
-# As few layers as have every feature: JAX compiles each.
-SHORT = {
-    "E2B": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2},
-    "E4B": {"layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1},
-    "26B-A4B": {"layer_types": [SLIDING, FULL]},
-    "31B": {"layer_types": [SLIDING, FULL]},
-}
 WITH_IMAGES = ("E2B", "26B-A4B")
 
 # Rounding in float64 through a whole model and back: transformers' own two attentions differ by up to 4e-14.
@@ -55,9 +48,8 @@ def base_of(tmp_path_factory) -> Bases:
     def make(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Path, grad.Baseline]:
         shown = variant in WITH_IMAGES
         if variant not in folders:
-            layers = SHORT[variant] | {"num_hidden_layers": len(SHORT[variant]["layer_types"])}
             at = tmp_path_factory.mktemp("gradients") / variant
-            folders[variant] = make_tiny(variant, at, multimodal=shown, overrides=layers)
+            folders[variant] = make_tiny(variant, at, multimodal=shown, overrides=SHORT[variant])
         path = folders[variant]
         if (variant, dtype) not in made:
             tokens = default_tokens(TextConfig.from_file(path), path)

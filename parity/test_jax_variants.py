@@ -8,7 +8,7 @@ import torch
 
 from gemma4_impl import taps
 from gemma4_impl.config import TextConfig
-from parity import budget, engine
+from parity import PATHS, budget, engine
 from parity.candidate import TorchCandidate
 from parity.candidate_jax import JaxCandidate
 from parity.engine import CANDIDATES, Report, baseline, judge, steps
@@ -18,15 +18,6 @@ from reference.tiny import make_tiny
 
 pytestmark = pytest.mark.parity
 VARIANTS = ("E2B", "E4B", "26B-A4B", "31B")
-# Each path compiles, but for decode and right_padded, which share what generate and left_padded compile. What is left
-# out here `gemma4 parity` runs: full, chunked and generate of every variant in both dtypes.
-FLOAT32 = {
-    "E2B": ("decode", "left_padded", "right_padded"),
-    "26B-A4B": ("decode",),
-    "E4B": ("full",),
-    "31B": ("decode",),
-}
-BFLOAT16 = {"E2B": ("decode",), "31B": ("right_padded",)}
 # Rounding in float64: 6e-15 is the most that was measured.
 EXACT = 1e-12
 
@@ -42,11 +33,22 @@ def check(report: Report, path) -> None:
             assert result.logits.top1 == 1.0
 
 
+@pytest.mark.parametrize("dtype", engine.DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_tap_is_in_budget_in_float32(tiny, variant: str) -> None:
-    """And the three implementations beside each other: two truths that share no code are one."""
+def test_every_tap_is_in_budget(short, variant: str, dtype: str) -> None:
+    """With few layers, as every path compiles each; `gemma4 parity` runs the deeper models' paths."""
+    paths = PATHS if (variant, dtype) == ("E2B", "float32") else ("full", "generate")[: 1 + (dtype == "float32")]
+    report = engine.run({variant: short(variant)}, default_tokens, [dtype], {"jax": paths})
+    check(report, short(variant))
+    assert [case.path for case in report.cases] == list(paths)
+    assert not report.three_way
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_many_layers_and_three_implementations(tiny, variant: str) -> None:
+    """Beside each other: two truths that share no code are one."""
     told: list[str] = []
-    paths = {"torch": ("full",), "jax": FLOAT32[variant]}
+    paths = {"torch": ("full",), "jax": ("full",)}
     report = engine.run({variant: tiny(variant)}, default_tokens, ["float32"], paths, advance=told.append)
     check(report, tiny(variant))
     assert [(case.candidate, case.path) for case in report.cases] == [(c, p) for c in paths for p in paths[c]]
@@ -57,14 +59,6 @@ def test_every_tap_is_in_budget_in_float32(tiny, variant: str) -> None:
     for standing in entry.standings.values():
         assert 0 < standing.logits < 1e-5
         assert 0 < standing.ratio <= budget.K
-
-
-@pytest.mark.parametrize("variant", BFLOAT16)
-def test_every_tap_is_in_budget_in_bfloat16(tiny, variant: str) -> None:
-    report = engine.run({variant: tiny(variant)}, default_tokens, ["bfloat16"], {"jax": BFLOAT16[variant]})
-    check(report, tiny(variant))
-    assert [case.path for case in report.cases] == list(BFLOAT16[variant])
-    assert not report.three_way
 
 
 def test_the_sequence_leaves_the_window_and_wraps_the_ring(tiny) -> None:

@@ -97,6 +97,14 @@ TINY: dict[str, dict[str, Any]] = {
         "use_bidirectional_attention": "vision",
     },
 }
+
+# As few layers as have every feature, for what takes its time for each layer.
+SHORT: dict[str, dict[str, Any]] = {
+    "E2B": {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2},
+    "E4B": {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1},
+    "26B-A4B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+    "31B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+}
 """Keyword arguments of `Gemma4TextConfig`, by variant."""
 
 ALIGNED: dict[int, dict[str, Any]] = {

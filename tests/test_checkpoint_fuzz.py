@@ -17,6 +17,8 @@ from gemma4_impl.config import ConfigError, TextConfig
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.names import to_hf
 
+pytestmark = pytest.mark.usefixtures("quiet_heap")
+
 COUNT = 2_000
 TRACED = 20
 INDEX = "model.safetensors.index.json"
@@ -109,12 +111,12 @@ def test_damaged_folders(whole, tmp_path):
         traced = seed % TRACED == 0
         if traced:
             tracemalloc.start()
-        start = time.process_time()
+        start = time.thread_time()
         try:
             outcomes[read(folder)] += 1
         except Exception as error:
             pytest.fail(f"seed {seed}, {chosen}: {type(error).__name__}: {error}")
-        seconds = time.process_time() - start
+        seconds = time.thread_time() - start
         if traced:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
@@ -171,10 +173,10 @@ NAME = "model.norm.weight"
 )
 def test_hostile_headers(entries, tmp_path):
     folder = header_only(tmp_path, entries, bytes(16))
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not a complete safetensors file") as error:
         Checkpoint(folder)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
 
@@ -201,7 +203,7 @@ def test_a_header_longer_than_the_file(length, tmp_path):
     with pytest.raises(CheckpointError, match=r"not a complete safetensors file"):
         Checkpoint(header_only(tmp_path, {}, length=length))
     os.truncate(tmp_path / "model.safetensors", 200 << 30)
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(CheckpointError, match=r"not a complete safetensors file"):
         Checkpoint(tmp_path)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from gemma4_impl.checkpoint import Checkpoint
-from gemma4_impl.config import FULL, SLIDING
 from gemma4_impl.export import source
 from gemma4_impl.export.cuda_aoti import Session, new_state, state_sizes
 from gemma4_impl.export.cuda_graph import export_programs
@@ -19,19 +18,12 @@ from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.quantize import quantize
 from gemma4_impl.quant.recipe import QuantConfig
 from gemma4_impl.quant.tensor import QuantizedTensor
-from reference.tiny import aligned, make_tiny
+from reference.tiny import SHORT, aligned, make_tiny
 
 CHUNK, CONTEXT, VOCAB = 6, 90, 512
 LIMITS = Limits(CONTEXT, CHUNK, VOCAB)
 LENGTHS = (5, 6, 2, 1, 1, 6, 1, 3, 6, 1, 1, 4, 1)
 """Chunks, four windows in all and more, so that rings of W - 1 + 6 slots wrap; single tokens are decoded."""
-
-LAYERS = {
-    "31B": [SLIDING, FULL],
-    "26B-A4B": [SLIDING, FULL],
-    "E2B": [SLIDING, FULL, SLIDING, FULL],
-}
-"""Few layers, of every kind; the last two of E2B share keys and values."""
 
 
 class Quantized(Checkpoint):
@@ -53,8 +45,9 @@ class Quantized(Checkpoint):
 
 
 def weights(variant: str, folder: Path, quantized: bool = False, layers: list[str] | None = None) -> Checkpoint:
-    layers = layers or LAYERS[variant]
-    overrides = aligned(variant, 32) | {"num_hidden_layers": len(layers), "layer_types": layers, "vocab_size": VOCAB}
+    overrides = aligned(variant, 32) | SHORT[variant] | {"vocab_size": VOCAB}
+    if layers:
+        overrides |= {"num_hidden_layers": len(layers), "layer_types": layers}
     return (Quantized if quantized else Checkpoint)(make_tiny(variant, folder, overrides=overrides))
 
 

@@ -18,6 +18,8 @@ from raw_gguf import ARRAY, BOOL, F32, I8, STRING, U8, U16, U32, U64, array, hea
 
 from gemma4_impl.gguf.reader import GGUFArray, GGUFError, GGUFFile, TensorInfo
 
+pytestmark = pytest.mark.usefixtures("quiet_heap")
+
 
 def put(path: Path, data: bytes) -> Path:
     # Not truncated in place: an earlier test's mapping of it must stay whole.
@@ -217,11 +219,11 @@ def real_vocabulary(tmp_path_factory) -> Path:
 
 def test_real_vocabularies_are_read_in_no_time(real_vocabulary):
     """Opening 0.05 s, decoding all 0.25 s on one core of this kind; ten times as much is allowed for others."""
-    start = time.process_time()
+    start = time.thread_time()
     file = GGUFFile(real_vocabulary)
-    opened = time.process_time()
+    opened = time.thread_time()
     found = [file.metadata[f"tokenizer.ggml.{name}"].tolist() for name in ("tokens", "scores", "token_type", "merges")]
-    done = time.process_time()
+    done = time.thread_time()
     assert [len(values) for values in found] == [262_144, 262_144, 262_144, 514_906]
     assert opened - start < 0.5
     assert done - opened < 2
@@ -424,10 +426,10 @@ def test_hostile_headers(name, tmp_path):
     data, why = HOSTILE[name]
     path = put(tmp_path / "x.gguf", data)
     tracemalloc.start()
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(GGUFError, match=why) as error:
         GGUFFile(path)
-    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.thread_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     message = str(error.value)
     assert message.startswith(f"{path}: ")
@@ -450,7 +452,7 @@ def test_huge_files_full_of_holes(tmp_path):
     strings = header([key("ab", ARRAY, array(STRING, b"", 1 << 33))])
     path = put(tmp_path / "x.gguf", strings)
     os.truncate(path, 100 << 30)
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(GGUFError, match="is too long; a file may hold 4194304 strings"):
         GGUFFile(path)
     for payload, why in ((STRING, "'ab' is a string of 68719476736 bytes"), (13, "unknown value type")):
@@ -462,15 +464,15 @@ def test_huge_files_full_of_holes(tmp_path):
     os.truncate(path, 100 << 30)
     with pytest.raises(GGUFError, match="claims 2147483648 tensors"):
         GGUFFile(path)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_many_strings_are_walked_within_a_second(tmp_path):
     keys = [key("ab", ARRAY, array(STRING, bytes(8 << 22), 1 << 22))]
     path = put(tmp_path / "x.gguf", header(keys))
-    start = time.process_time()
+    start = time.thread_time()
     assert len(GGUFFile(path).metadata["ab"]) == 1 << 22
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_most_entries_within_a_second(tmp_path):
@@ -478,9 +480,9 @@ def test_most_entries_within_a_second(tmp_path):
     infos = [tensor(f"t{i}", [1], 0, 32 * i) for i in range(count)]
     data = header([], infos, bytes(32 * count))
     path = put(tmp_path / "x.gguf", data)
-    start = time.process_time()
+    start = time.thread_time()
     assert len(GGUFFile(path).tensors) == count
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     with pytest.raises(GGUFError, match="claims 16385 tensors"):
         GGUFFile(put(path, header([], [*infos, tensor("more", [1])], bytes(32 * count))))
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemma4_impl.config import FULL, SLIDING, TextConfig
+from gemma4_impl.config import TextConfig
 from gemma4_impl.export import Step
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.quantize import quantize
@@ -23,14 +23,10 @@ from parity.exported import judge_program
 from parity.inputs import default_tokens
 from reference.activations import quantize_inputs, rounded
 from reference.hf import HFReference
-from reference.tiny import make_tiny
+from reference.tiny import SHORT, make_tiny
 
 CHUNK, LENGTH = 5, 30
 CONFIG = TextConfig.from_dict(hub())
-VARIANTS = {
-    "E2B": {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2},
-    "26B-A4B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
-}
 
 
 class StepSession:
@@ -73,9 +69,9 @@ class Spy:
         return torch.full((CONFIG.vocab_size,), position + tokens.shape[1] - 1.0)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=("E2B", "26B-A4B"))
 def base(request, tmp_path_factory) -> tuple[Path, Baseline]:
-    path = make_tiny(request.param, tmp_path_factory.mktemp("pte") / "m", overrides=VARIANTS[request.param])
+    path = make_tiny(request.param, tmp_path_factory.mktemp("pte") / "m", overrides=SHORT[request.param])
     tokens = default_tokens(TextConfig.from_file(path), path, LENGTH)
     return path, baseline(path, tokens, torch.float32, paths=PATHS, local=False)
 
@@ -194,7 +190,7 @@ def test_a_missing_tap_is_red(base):
 
 def test_other_experts_than_the_truths_are_followed_and_judged_as_choices(tmp_path):
     """No later tap is blamed for a choice."""
-    path = make_tiny("26B-A4B", tmp_path / "m", overrides=VARIANTS["26B-A4B"])
+    path = make_tiny("26B-A4B", tmp_path / "m", overrides=SHORT["26B-A4B"])
     tokens = default_tokens(TextConfig.from_file(path), path, 12)
 
     def make(routing=None) -> Baseline:
