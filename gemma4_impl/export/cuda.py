@@ -58,7 +58,9 @@ def lower(
             "linears have their kernels, and ExecuTorch takes each method as one delegate; compiling them needs an "
             "NVIDIA GPU, and there is none here"
         )
-    metadata, sizes = constants(model.config, settings), cuda_aoti.state_sizes(cache, model.config.vocab_size)
+    # 0: of all.
+    metadata = constants(model.config, settings) | {"get_top_k": top_k or 0}
+    sizes = cuda_aoti.state_sizes(cache, model.config.vocab_size)
     report("compiling for ExecuTorch")
     program = lower_executorch(programs, metadata)
 
@@ -74,10 +76,7 @@ def lower(
         methods={name: _method(name, model, settings) for name in programs},
         constants=metadata,
         caches=sizes,
-        extra={
-            "top_k": top_k,
-            "kernels": {name: [dataclasses.asdict(choice) for choice in rows] for name, rows in choices.items()},
-        },
+        extra={"kernels": {name: [dataclasses.asdict(choice) for choice in rows] for name, rows in choices.items()}},
     )
 
 

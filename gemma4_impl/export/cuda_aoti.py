@@ -131,7 +131,8 @@ def open_session(folder: Path, manifest: Manifest) -> "Session":
     if not torch.cuda.is_available():
         raise ValueError(f"{folder}: a CUDA program needs an NVIDIA GPU, and there is none here")
     state = new_state(manifest.caches, "cuda")
-    return Session(load_packages(folder, state, "cuda"), state, manifest.limits, manifest.extra.get("top_k"))
+    top_k = manifest.constants.get("get_top_k") or None
+    return Session(load_packages(folder, state, "cuda"), state, manifest.limits, top_k)
 
 
 class Session:
