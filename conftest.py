@@ -4,7 +4,7 @@ import gc
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # JAX reads these when it is imported: eight devices of a CPU, and of a GPU no more memory than is used.
@@ -61,6 +61,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """A tenth of all time would go to a collector that walks what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """`-m cuda` and `-m mlx_device` without the hardware: what was not tried, by folder, as no test of it failed."""
     skipped = terminalreporter.stats.get("skipped", [])
@@ -73,12 +80,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="module")
-def quiet_heap() -> Iterator[None]:
+def quiet_heap() -> None:
     """For tests that bound times: the collector does not walk what other tests left."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,10 @@ def check(report: Report, path) -> None:
             assert result.logits.top1 == 1.0
 
 
-@pytest.mark.parametrize("dtype", engine.DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((variant, "float32") for variant in VARIANTS), ("E2B", "bfloat16"), ("26B-A4B", "bfloat16")],
+)
 def test_every_tap_is_in_budget(short, variant: str, dtype: str) -> None:
     """With few layers, as every path compiles each; `gemma4 parity` runs the deeper models' paths."""
     paths = PATHS if (variant, dtype) == ("E2B", "float32") else ("full", "generate")[: 1 + (dtype == "float32")]
@@ -44,7 +46,7 @@ def test_every_tap_is_in_budget(short, variant: str, dtype: str) -> None:
     assert not report.three_way
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["E2B", "26B-A4B"])
 def test_many_layers_and_three_implementations(tiny, variant: str) -> None:
     """Beside each other: two truths that share no code are one."""
     told: list[str] = []

@@ -33,7 +33,7 @@ def test_soft_tokens_in_float64(variant, tiny_images):
 
 
 # `gemma4 parity` runs all of KINDS in both dtypes, in full and through generate.
-@pytest.mark.parametrize(("variant", "dtype"), [*((kind, "float32") for kind in KINDS), ("26B-A4B", "bfloat16")])
+@pytest.mark.parametrize(("variant", "dtype"), [("E2B", "float32"), ("31B", "float32"), ("26B-A4B", "bfloat16")])
 def test_every_tap_is_in_budget(variant, dtype, tiny_images):
     path = tiny_images(variant)
     tokens, images = place(path, default_tokens(TextConfig.from_file(path), path), drawn())

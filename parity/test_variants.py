@@ -42,7 +42,7 @@ def test_a_sharded_multimodal_hub_checkpoint_is_the_same_model(tmp_path, variant
     assert not report.red
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["E2B", "26B-A4B"])
 def test_a_streamed_reference_is_the_same_to_the_last_bit(tiny, variant: str) -> None:
     tokens = default_tokens(TorchCandidate(tiny(variant)).config, tiny(variant))
     held, streamed = (engine.baseline(tiny(variant), tokens, torch.bfloat16, stream=s) for s in (False, True))

@@ -1,4 +1,4 @@
-"""A small exported folder with a program that is no program, for tests of what surrounds one."""
+"""Exported folders for tests: of what a backend lowered, and one with a program that is no program."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from gemma4_impl.config import TextConfig
 from gemma4_impl.export.folder import PROGRAM, File, Manifest, hash_files
-from gemma4_impl.export.program import Method, Settings, Value, constants
+from gemma4_impl.export.program import Lowered, Method, Settings, Value, constants
 from gemma4_impl.folders import write_json
 
 _NO_FILE = File(0, "0" * 64)
@@ -35,6 +35,26 @@ def manifest_for(config: TextConfig, files: dict[str, File], backend: str = "xnn
         versions={"torch": torch.__version__},
         files={"model.pte": _NO_FILE, "config.json": _NO_FILE} | files,
     )
+
+
+def write_lowered(lowered: Lowered, folder: Path, backend: str, dtype: torch.dtype, taps: bool = False) -> Manifest:
+    """The program and its manifest as they are read back, beside a config.json that nobody reads."""
+    lowered.write(folder)
+    (folder / "config.json").write_text("{}")
+    manifest = Manifest(
+        backend=backend,
+        dtype=dtype,
+        taps=taps,
+        methods=lowered.methods,
+        constants=lowered.constants,
+        caches=lowered.caches,
+        extra=lowered.extra,
+        source={"name": "small", "fingerprint": "0" * 64},
+        versions={},
+        files=hash_files(folder),
+    )
+    manifest.write(folder)
+    return Manifest.read(folder)
 
 
 def write_exported(folder: Path, config: TextConfig, backend: str = "xnnpack") -> Path:

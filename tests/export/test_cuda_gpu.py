@@ -18,10 +18,10 @@ from cuda_programs import (
     weights,
     whole,
 )
+from exported import write_lowered
 
 from gemma4_impl.export import cuda, source
 from gemma4_impl.export.cuda_aoti import Session, load_packages, new_state, state_sizes, write_packages
-from gemma4_impl.export.folder import Manifest, hash_files
 from gemma4_impl.generation import Sampling
 from gemma4_impl.kernels.steps import naive, sampling_state
 from parity.budget import check_total
@@ -116,16 +116,11 @@ def test_lowered_for_executorch_and_opened_again(variant, tmp_path):
     lowered = cuda.lower(source.open_source(checkpoint, torch.bfloat16).model, settings(torch.bfloat16))
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "config.json").write_bytes((checkpoint.path / "config.json").read_bytes())
-    lowered.write(folder)
+    manifest = write_lowered(lowered, folder, "cuda", torch.bfloat16)
     assert (folder / "model.pte").stat().st_size > 0
     assert list(folder.glob("*.ptd"))
     kernels = json.loads(json.dumps(lowered.extra))["kernels"]
     assert {row["kernel"] for row in kernels["decode"] if "sdpa" in row["kernel"]} == {"sdpa_decode"}
-    manifest = Manifest(
-        "cuda", torch.bfloat16, False, lowered.methods, lowered.constants, lowered.caches, lowered.extra,
-        {"name": "tiny", "fingerprint": checkpoint.fingerprint()}, {}, hash_files(folder),
-    )  # fmt: skip
     tokens = prompt()
     truth = whole(dense(checkpoint, torch.float64), tokens)
     reference = error(eager(dense(checkpoint, torch.bfloat16).cuda(), tokens.cuda()), truth)

@@ -10,13 +10,14 @@ pytest.importorskip("executorch")
 
 import mlx.core as mx
 import torch
+from exported import write_lowered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mlx_weights import quantized_model
 from torch import Tensor
 
 from gemma4_impl.config import FULL, SLIDING
-from gemma4_impl.export.folder import PROGRAM, File, Manifest
+from gemma4_impl.export.folder import PROGRAM
 from gemma4_impl.export.mlx import lower
 from gemma4_impl.export.program import Settings
 from gemma4_impl.export.replay import Session, open_session
@@ -43,19 +44,7 @@ class Exported:
     def __init__(self, folder: Path, model: Gemma4, truth: Gemma4):
         self.folder, self.truth = folder, truth
         lowered = lower(model, Settings(CONTEXT, CHUNK, model.dtype))
-        lowered.write(folder)
-        self.manifest = Manifest(
-            backend="mlx",
-            dtype=model.dtype,
-            taps=False,
-            methods=lowered.methods,
-            constants=lowered.constants,
-            caches=lowered.caches,
-            extra=lowered.extra,
-            source={"name": "small", "fingerprint": ""},
-            versions={},
-            files={PROGRAM: File(0, ""), "config.json": File(0, "")},
-        )
+        self.manifest = write_lowered(lowered, folder, "mlx", model.dtype)
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(0, model.config.vocab_size, (1, sum(LENGTHS)), generator=generator)
 

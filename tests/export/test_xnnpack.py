@@ -7,13 +7,14 @@ import importlib
 import pytest
 import torch
 from configs import hub, random_model
+from exported import write_lowered
 from torch import Tensor, nn
 
 pytest.importorskip("executorch")
 
 from gemma4_impl.config import FULL, SLIDING, TextConfig
 from gemma4_impl.export import xnnpack
-from gemma4_impl.export.folder import Manifest, hash_files
+from gemma4_impl.export.folder import Manifest
 from gemma4_impl.export.inspect import inspect
 from gemma4_impl.export.program import Settings
 from gemma4_impl.export.source import hold
@@ -30,22 +31,7 @@ ONE = DENSE | {"num_hidden_layers": 1, "layer_types": [FULL], "hidden_size_per_l
 def lowered(model: Gemma4, folder, lines: list[str] | None = None, taps: bool = False) -> Manifest:
     report = None if lines is None else lines.append
     made = xnnpack.lower(model, Settings(64, 6, torch.float32, taps), report=report)
-    made.write(folder)
-    (folder / "config.json").write_text("{}")
-    manifest = Manifest(
-        backend="xnnpack",
-        dtype=torch.float32,
-        taps=taps,
-        methods=made.methods,
-        constants=made.constants,
-        caches=made.caches,
-        extra=made.extra,
-        source={"name": "test", "fingerprint": "test"},
-        versions={},
-        files=hash_files(folder),
-    )
-    manifest.write(folder)
-    return Manifest.read(folder)
+    return write_lowered(made, folder, "xnnpack", torch.float32, taps)
 
 
 def prompt(seed: int = 1) -> Tensor:

@@ -83,7 +83,7 @@ def decoded(engine: Generator, decoding: Decoding, *counts: int) -> np.ndarray:
     return np.concatenate(tokens, axis=1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["E2B", "26B-A4B"])
 def test_decode_is_stepwise_decode_and_pytorchs(loaded, variant):
     engine, model, _ = loaded(variant)
     prompts = random_prompts(40, 3, 17)
