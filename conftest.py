@@ -61,11 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    """A tenth of all time would go to a collector that walks what was imported."""
-    gc.collect()
-    gc.freeze()
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -79,9 +76,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"not tried here, {len(untried)} tests, each {reason}: {listed}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def quiet_heap() -> None:
-    """For tests that bound times: the collector does not walk what other tests left."""
+    """The collector walks nothing that was imported or that other files left: it would take a tenth of all time, and
+    more of what is timed."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""A healthy model is never red: 100 random small models, each through a full forward and one cache path."""
+"""A healthy model is never red: 60 random small models, each through a full forward and one cache path."""
 
 import random
 from pathlib import Path

@@ -17,8 +17,6 @@ from gemma4_impl.config import ConfigError, TextConfig
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.names import to_hf
 
-pytestmark = pytest.mark.usefixtures("quiet_heap")
-
 COUNT = 2_000
 TRACED = 20
 INDEX = "model.safetensors.index.json"

@@ -19,8 +19,6 @@ from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.names import GGUF_ROPE_FREQS
 from reference.tiny_gguf import make_tiny_gguf
 
-pytestmark = pytest.mark.usefixtures("quiet_heap")
-
 COUNT = 10_000
 CHUNKS = 4
 TRACED = 20

@@ -18,8 +18,6 @@ from raw_gguf import ARRAY, BOOL, F32, I8, STRING, U8, U16, U32, U64, array, hea
 
 from gemma4_impl.gguf.reader import GGUFArray, GGUFError, GGUFFile, TensorInfo
 
-pytestmark = pytest.mark.usefixtures("quiet_heap")
-
 
 def put(path: Path, data: bytes) -> Path:
     # Not truncated in place: an earlier test's mapping of it must stay whole.
