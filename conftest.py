@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # JAX reads these when it is imported: eight devices of a CPU, and of a GPU no more memory than is used.
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_unconfigure() -> None:
+    # What is never collected, bindings report as leaked when the process ends.
     gc.unfreeze()
 
 
@@ -84,47 +86,30 @@ def quiet_heap() -> None:
     gc.freeze()
 
 
+Checkpoints = Callable[[str], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """variant -> folder of its tiny checkpoint in float32, made once a session."""
     from reference.tiny import make_tiny
 
-    made: dict[str, Path] = {}
-
-    def make(variant: str) -> Path:
-        if variant not in made:
-            made[variant] = make_tiny(variant, tmp_path_factory.mktemp("tiny") / variant)
-        return made[variant]
-
-    return make
+    return cache(lambda variant: make_tiny(variant, tmp_path_factory.mktemp("tiny") / variant))
 
 
 @pytest.fixture(scope="session")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def short(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """variant -> folder of a checkpoint like `tiny`'s of as few layers as have every feature, made once a session."""
     from reference.tiny import SHORT, make_tiny
 
-    made: dict[str, Path] = {}
-
-    def make(variant: str) -> Path:
-        if variant not in made:
-            folder = tmp_path_factory.mktemp("short") / variant
-            made[variant] = make_tiny(variant, folder, overrides=SHORT[variant])
-        return made[variant]
-
-    return make
+    return cache(
+        lambda variant: make_tiny(variant, tmp_path_factory.mktemp("short") / variant, overrides=SHORT[variant])
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """variant -> folder of its tiny multimodal checkpoint in float32, made once a session."""
     from reference.tiny import make_tiny
 
-    made: dict[str, Path] = {}
-
-    def make(variant: str) -> Path:
-        if variant not in made:
-            made[variant] = make_tiny(variant, tmp_path_factory.mktemp("images") / variant, multimodal=True)
-        return made[variant]
-
-    return make
+    return cache(lambda variant: make_tiny(variant, tmp_path_factory.mktemp("images") / variant, multimodal=True))

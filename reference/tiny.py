@@ -97,15 +97,15 @@ TINY: dict[str, dict[str, Any]] = {
         "use_bidirectional_attention": "vision",
     },
 }
+"""Keyword arguments of `Gemma4TextConfig`, by variant."""
 
-# As few layers as have every feature, for what takes its time for each layer.
 SHORT: dict[str, dict[str, Any]] = {
     "E2B": {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2},
     "E4B": {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1},
     "26B-A4B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
     "31B": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
 }
-"""Keyword arguments of `Gemma4TextConfig`, by variant."""
+"""The same of as few layers as have every feature, over `TINY`'s: for what takes its time for each layer."""
 
 ALIGNED: dict[int, dict[str, Any]] = {
     32: {"hidden_size": 96, "intermediate_size": 64, "moe_intermediate_size": 32, "hidden_size_per_layer_input": 32},
