@@ -94,6 +94,7 @@ class Session:
             self._run()
         else:
             self.graph.replay()
+        if self._on_gpu:
             self._events[self._launched % LAG].record()
         self._launched += 1
         self.lengths = [length + 1 for length in self.lengths]

@@ -134,9 +134,11 @@ def _edge(programs: dict[str, ExportedProgram], parts: dict[str, list], metadata
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    return to_edge_transform_and_lower(
-        dict(programs), partitioner=parts, constant_methods=metadata, compile_config=config
-    )
+    # What a delegate takes in is removed from the constants of the program it came from, which is still needed.
+    own = {
+        name: p._update(p.graph_module, p.graph_signature, constants=dict(p.constants)) for name, p in programs.items()
+    }
+    return to_edge_transform_and_lower(own, partitioner=parts, constant_methods=metadata, compile_config=config)
 
 
 def _refuse(model: Gemma4, settings: Settings, tower: ImageEncoder | None, top_k: int | None) -> None:

@@ -256,10 +256,12 @@ def _linear(node: Node) -> tuple[str, str, str]:
     return shape, "GEMV" if isinstance(M, int) and M == 1 else "GEMM", "dense: the compiler's own choice"
 
 
-def _grouped(node: Node) -> tuple[str, str, str]:
-    x, w = (a.meta["val"] for a in node.args[:2])
-    shape = f"M={_size(x.shape[0])} E={w.shape[0]} N={w.shape[2]} K={w.shape[1]}"
-    return shape, "grouped GEMM", "rows sorted by expert: the compiler's own choice"
+def _stacked(node: Node) -> tuple[str, str, str]:
+    x, w = (a.meta["val"] for a in node.args[1])
+    E, N, K = w.shape[-3:]
+    if x.dim() == 2:
+        return f"k={E} N={N} K={K}", "GEMV of chosen experts", "one token: only its experts are read"
+    return f"M={_size(x.shape[1])} E={E} N={N} K={K}", "GEMM of all experts", "programs have no grouped product"
 
 
 _KERNELS = {
@@ -269,7 +271,7 @@ _KERNELS = {
     EXPERTS: _experts,
     DEQUANTIZE: _dequantized,
     aten.linear.default: _linear,
-    aten._grouped_mm.default: _grouped,
+    aten.einsum.default: _stacked,
 }
 
 

@@ -58,14 +58,15 @@ class QuantizedStack(nn.Module):
         return linears.quantized_experts(x, self.qdata, self.scale, self.zero, self.bits, self.offset, index)
 
 
-class QuantizedExperts(Experts):
-    """A single token's own experts are read as they are stored; for several tokens the stacks are dequantized."""
+class ProgramExperts(Experts):
+    """A single token's own experts are read as they are stored. For several tokens quantized stacks are dequantized and
+    all experts computed: ExecuTorch's CUDA runtime has no grouped product, nor AOTInductor's before PyTorch 2.13."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.num_experts = experts.num_experts
         for name in ("gate_up_proj", "down_proj"):
-            weight = experts.quantized.get(name)
+            weight = getattr(experts, "quantized", {}).get(name)
             setattr(self, f"{name}_stack", getattr(experts, name) if weight is None else QuantizedStack(weight, dtype))
 
     @property
@@ -78,7 +79,7 @@ class QuantizedExperts(Experts):
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         if x.shape[1] > 1:
-            return super().forward(x, weights, index)
+            return self._static(x, weights, index)
         x, weights, index = x[0], weights[0, 0], index[0, 0]
         gate, up = _chosen(self.gate_up_proj_stack, x, index).chunk(2, dim=-1)
         h = F.gelu(gate, approximate="tanh") * up
@@ -87,11 +88,13 @@ class QuantizedExperts(Experts):
 
 
 def place_weights(model: Gemma4) -> None:
-    """Replaces the modules of quantized weights by ones that hold codes and scales. A tied head has the embedding's."""
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in quantized_weights(model)):
+    """Replaces the modules of quantized weights by ones that hold codes and scales, and those of experts. A tied head
+    has the embedding's."""
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    for path in dict.fromkeys([*experts, *(name.rpartition(".")[0] for name in quantized_weights(model))]):
         module, dtype = model.get_submodule(path), model.dtype
         if isinstance(module, Experts):
-            new = QuantizedExperts(module, dtype)
+            new = ProgramExperts(module, dtype)
         elif isinstance(module, ScaledEmbedding):
             new = QuantizedEmbedding(module.quantized["weight"], module.scale[dtype], dtype)
         else:

@@ -9,6 +9,7 @@ from cuda_programs import CHUNK, CONTEXT, VOCAB, settings, weights
 from gemma4_impl.config import FULL
 from gemma4_impl.export import cuda, source
 from gemma4_impl.export.cuda_aoti import state_sizes
+from gemma4_impl.export.cuda_graph import export_programs
 from gemma4_impl.model.cache import KVCache
 
 pytest.importorskip("executorch", reason="needs the package executorch")
@@ -58,6 +59,16 @@ def test_the_caches_are_the_delegates_own(lowered):
     written = {name: set(program.graph_signature.buffers_to_mutate.values()) for name, program in delegated.items()}
     caches = {name for name in state_sizes(cache, VOCAB) if name.startswith("cache.")}
     assert written == {"prefill": caches, "decode": caches | {"state", "logits"}}
+
+
+def test_programs_can_be_handed_over_more_than_once(tmp_path):
+    """They are packed for Python after ExecuTorch has taken what it wants of them."""
+    model = source.open_source(weights("31B", tmp_path / "m", True, [FULL])).model
+    programs = export_programs(model, KVCache(model.config, 1, CONTEXT, CHUNK, torch.float32))
+    kept = {name: set(program.constants) for name, program in programs.items()}
+    first, second = cuda.check_partition(programs), cuda.check_partition(programs)
+    assert [names(p) for p in first.values()] == [names(p) for p in second.values()]
+    assert {name: set(program.constants) for name, program in programs.items()} == kept
 
 
 def test_its_runtime_has_every_kernel(lowered):

@@ -95,7 +95,8 @@ def gumbel(B: int, V: int, state: Tensor) -> Tensor:
     seed, count = state.unbind()
     zero = torch.zeros(B, V, dtype=torch.int64, device=state.device)
     ids, rows = torch.arange(V, device=state.device), torch.arange(B, device=state.device)[:, None]
-    counter = [zero + ids, zero + rows, zero + (count & _WORD), zero + (count >> 32 & _WORD)]
+    # As a word, and no index any more: Inductor would multiply an index in 32 bits.
+    counter = [zero + (ids & _WORD), zero + rows, zero + (count & _WORD), zero + (count >> 32 & _WORD)]
     random = _philox(counter, [seed & _WORD, seed >> 32 & _WORD])
     u = ((random.float() + 1) * 2.0**-32).clamp_max(1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
