@@ -82,9 +82,10 @@ class Kernel:
         shared: int = 0,
         cluster: int = 1,
         overlap: bool = False,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """Launches `grid` blocks of `block` threads, with `shared` bytes of dynamic shared memory, on the current
-        stream; a CUDA graph can capture it.
+        """Launches `grid` blocks of `block` threads, with `shared` bytes of dynamic shared memory, on `stream`, by
+        default the current one; a CUDA graph can capture it.
 
         Args:
             cluster: blocks along x that can reach each other's shared memory.
@@ -107,7 +108,7 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = (*sizes, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.sharedMemBytes = shared
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = (stream or torch.cuda.current_stream()).cuda_stream
         attributes = []
         if cluster > 1:
             attribute = driver.CUlaunchAttribute()

@@ -8,7 +8,8 @@
 // zeros, are a small product of their own: scales (or zeros) times the sums of x over the groups, which one warp makes.
 #include "common.cuh"
 
-constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 8, WARPS = 2 * BLOCKS;
+constexpr int ROWS = 16, COLUMNS = 256, WARPS = 16;
+constexpr int PARTS = WARPS / BLOCKS;                 // warps that share a row block
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
@@ -179,17 +180,17 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
       barrier_wait(filled + stage, parity);
       barrier_wait(x_filled + stage, parity);
       barrier_wait(summed + stage, parity);
-      // Its two warps take a tile each.
-      const u8* data = shared + stage * STAGE + (block * SPAN + part) * TILE;
-      const bf16* x = x_of(stage) + part * CODES;
-      if (unit % spans * SPAN + part < a.columns) {
+#pragma unroll
+      for (int at = part; at < SPAN && unit % spans * SPAN + at < a.columns; at += PARTS) {
+        const u8* data = shared + stage * STAGE + (block * SPAN + at) * TILE;
+        const bf16* x = x_of(stage) + at * CODES;
 #pragma unroll
         for (int i = 0; i < 1 + ZERO; ++i) {
           u32 s[4];
           scales_as_matrix(data + 2048 + i * SCALES, s);
 #pragma unroll
           for (int n = 0; n < WIDE; ++n) {
-            const uint2 sum = sums_of(stage)[i * (SUMS / 8) + (part * TOKENS + n * 8) * 4 + lane];
+            const uint2 sum = sums_of(stage)[i * (SUMS / 8) + (at * TOKENS + n * 8) * 4 + lane];
             mma(c[n], s, {sum.x, sum.y});
           }
         }
@@ -224,19 +225,21 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
       if (lane == 0) barrier_arrive(emptied + stage);
       if (++stage == a.stages) stage = 0, parity ^= 1;
     }
-    if (part) {
+    if constexpr (PARTS > 1) {
+      if (part) {
 #pragma unroll
-      for (int n = 0; n < WIDE; ++n) halves[(block * 32 + lane) * WIDE + n] = {c[n][0], c[n][1], c[n][2], c[n][3]};
-    }
-    barrier_of(1, WARPS * 32);
-    if (!part) {
-#pragma unroll
-      for (int n = 0; n < WIDE; ++n) {
-        const float4 more = halves[(block * 32 + lane) * WIDE + n];
-        c[n][0] += more.x, c[n][1] += more.y, c[n][2] += more.z, c[n][3] += more.w;
+        for (int n = 0; n < WIDE; ++n) halves[(block * 32 + lane) * WIDE + n] = {c[n][0], c[n][1], c[n][2], c[n][3]};
       }
+      barrier_of(1, WARPS * 32);
+      if (!part) {
+#pragma unroll
+        for (int n = 0; n < WIDE; ++n) {
+          const float4 more = halves[(block * 32 + lane) * WIDE + n];
+          c[n][0] += more.x, c[n][1] += more.y, c[n][2] += more.z, c[n][3] += more.w;
+        }
+      }
+      barrier_of(1, WARPS * 32);
     }
-    barrier_of(1, WARPS * 32);
     if (part) continue;
     const int mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
     if (begin > group * spans) {  // another block has the first columns
@@ -274,9 +277,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
 }
 
 // Row blocks from blockIdx.y on, as they are multiplied with: bfloat16 [rows, K], a tile a warp.
-extern "C" __global__ void __launch_bounds__(BLOCKS * 32) dequantize_rows(const u8* tiles, bf16* out, int columns, int rows,
+extern "C" __global__ void __launch_bounds__(256) dequantize_rows(const u8* tiles, bf16* out, int columns, int rows,
                                                                         int k, int offset) {
-  const int lane = lane_id(), g = lane / 4, t = lane % 4, column = blockIdx.x * BLOCKS + threadIdx.x / 32;
+  const int lane = lane_id(), g = lane / 4, t = lane % 4, column = blockIdx.x * 8 + threadIdx.x / 32;
   if (column >= columns) return;
   const u8* data = tiles + (i64{blockIdx.y} * columns + column) * TILE;
   const bool high = SPLIT && t < 2;

@@ -13,7 +13,7 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-_BLOCKS, _SPAN, _WARPS, _SHARED = 8, 2, 16, 208 << 10
+_BLOCKS, _SPAN, _WARPS, _SHARED = 16, 2, 16, 208 << 10
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
@@ -36,7 +36,7 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     codes = 128 if weight.split else 256
     stage = _BLOCKS * _SPAN * weight.tile_bytes + 8 * wide * (_SPAN * codes + 32) * 2
     stage += _SPAN * 8 * wide * 32 * (1 + weight.has_zero)
-    halves = _BLOCKS * 32 * 16 * wide
+    halves = _BLOCKS * 32 * 16 * wide if _BLOCKS < _WARPS else 0
     stages = min((_SHARED - halves) // (stage + 32), -(-units // blocks))
     partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
@@ -53,18 +53,18 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         stages=stages,
         offset=weight.excess,
     )
-    function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
+    function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide, "BLOCKS": _BLOCKS})
     function(blocks, (_WARPS + 2) * 32, [arguments], shared=stages * (stage + 32) + halves, overlap=overlap)
 
 
-def dequantize(weight: Tiles, start: int, out: Tensor) -> None:
+def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
     """Rows from `start`, a multiple of 16, as many as `out` [rows, K] bfloat16 takes: scale * (code - offset) + zero in
-    float32, rounded once."""
+    float32, rounded once. On the current stream, unless another is named."""
     columns = weight.tiles.shape[-2]
-    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1})
+    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1, "BLOCKS": _BLOCKS})
     tiles = weight.tiles[start // ROWS :]
     args = [tiles, out, columns, len(out), weight.K, weight.offset]
-    function((-(-columns // _BLOCKS), -(-len(out) // ROWS)), _BLOCKS * 32, args)
+    function((-(-columns // 8), -(-len(out) // ROWS)), 256, args, stream=stream)
 
 
 def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
@@ -77,26 +77,36 @@ def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
         return
     main, side = torch.cuda.current_stream(), _side_stream(x.device.index or 0)
     buffers = [torch.empty(step, weight.K, dtype=x.dtype, device=x.device) for _ in range(2)]
-    free = [main.record_event()] * 2
+    made, read = _events(x.device.index or 0)
+    main.record_event(read[0])
+    side.wait_event(read[0])
     for number, start in enumerate(range(0, weight.N, step)):
         dense = buffers[number % 2][: min(step, weight.N - start)]
-        side.wait_event(free[number % 2])
-        with torch.cuda.stream(side):
-            dequantize(weight, start, dense)
-            main.wait_event(side.record_event())
+        if number > 1:
+            side.wait_event(read[number % 2])
+        dequantize(weight, start, dense, side)
+        side.record_event(made[number % 2])
+        main.wait_event(made[number % 2])
         torch.mm(x, dense.T, out=out[:, start : start + len(dense)])
-        free[number % 2] = main.record_event()
+        main.record_event(read[number % 2])
 
 
 def _slice_rows(M: int, weight: Tiles, wave: int) -> int:
-    """Rows of a slice: cuBLAS' tiles of 128 x 256 fill the GPU as often as fits the buffer, at least once."""
+    """Rows of a slice: cuBLAS' tiles of 128 x 256 fill the GPU as often as fits the buffer; or once, if twice the
+    buffer is enough for that: half of a GPU costs more than what the L2 does not hold."""
     rows_of_tiles = -(-M // 128)
-    most = max(1, _SLICE_BYTES // (weight.K * 2 * 256))
+    most, twice = (size // (weight.K * 2 * 256) for size in (_SLICE_BYTES, 2 * _SLICE_BYTES))
     filled = [n * wave // rows_of_tiles for n in range(1, 9)]
-    fitting = [n for n in filled if 0 < n <= most]
-    return 256 * (max(fitting) if fitting else most)
+    fitting = [n for n in filled if 0 < n <= most] or [n for n in filled[:1] if 0 < n <= twice]
+    return 256 * max(fitting, default=max(1, most))
 
 
 @functools.cache
 def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _events(device: int) -> tuple[list[torch.cuda.Event], list[torch.cuda.Event]]:
+    """Of two buffers: it was written, and it was read."""
+    return [torch.cuda.Event() for _ in range(2)], [torch.cuda.Event() for _ in range(2)]

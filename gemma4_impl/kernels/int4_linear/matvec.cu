@@ -41,6 +41,8 @@ struct Arguments {
   int most_blocks;         // row blocks that it touches
   int stages;              // of the ring, SPAN tiles each
   u32 per_tiles_per_block, per_stages;  // 2^32 / n, rounded up: a product's upper half is the quotient
+  int next_blocks, next_tiles, next_tile, next_skip, ahead;  // see `bring_next`
+  const u8* next;          // the tiles that are multiplied with after these, or null
 };
 
 DEVICE float block_sum(float x, float* scratch) {
@@ -98,8 +100,17 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
   const int lane = lane_id(), row = lane % ROWS;
   for (int block = first_block; block < end_block; ++block) {
     const int begin = max(first, block * a.tiles_per_block), end = min(last, (block + 1) * a.tiles_per_block);
-    barrier_wait(added + block - first_block, 0);
     float y = 0;
+    // What the next block of threads began with is there long before this one's last tile.
+    const bool shared_with_next = begin == block * a.tiles_per_block && end < begin + a.tiles_per_block;
+    if (shared_with_next) {
+      while (!load_acquire(a.flags + blockIdx.x + 1)) {
+      }
+      y = lane < ROWS ? __ldcg(a.partials + (blockIdx.x + 1) * ROWS + row) : 0;
+      __syncwarp();
+      if (lane == 0) a.flags[blockIdx.x + 1] = 0;
+    }
+    barrier_wait(added + block - first_block, 0);
 #pragma unroll 4
     for (int i = begin - first + lane / ROWS; i < end - first; i += 2) y += parts[i * ROWS + row];
     y += __shfl_xor_sync(0xffffffffu, y, ROWS);
@@ -111,13 +122,6 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
         store_release(a.flags + blockIdx.x, 1);
       }
       continue;
-    }
-    if (end < (block + 1) * a.tiles_per_block) {
-      while (!load_acquire(a.flags + blockIdx.x + 1)) {
-      }
-      y += __ldcg(a.partials + (blockIdx.x + 1) * ROWS + row);
-      __syncwarp();
-      if (lane == 0) a.flags[blockIdx.x + 1] = 0;
     }
     const int slot = EXPERTS ? block / a.row_blocks : 0;
     int n = (block - slot * a.row_blocks) * ROWS + row;
@@ -138,6 +142,17 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
       }
     }
   }
+}
+
+// When all has been asked for, the memory would rest until the next kernel has its x, the ring of which is full already.
+// So `ahead` bytes that each of its blocks will ask for beyond that, `next_skip`, are brought to the L2.
+DEVICE void bring_next(const Arguments& a) {
+  if (!a.next || blockIdx.x >= a.next_blocks) return;
+  constexpr int PIECE = 4096;
+  const auto tile = [&](int block) { return i64{a.next_tiles} * block / a.next_blocks * a.next_tile; };
+  const i64 begin = tile(blockIdx.x) + a.next_skip, end = min(tile(blockIdx.x + 1), begin + a.ahead);
+  for (i64 at = begin + lane_id() * PIECE; at < end; at += 32 * PIECE)
+    prefetch_bulk(a.next + at, static_cast<u32>(min(i64{PIECE}, end - at)));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_constant__ Arguments a) {
@@ -181,7 +196,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   const auto prefetch = [&] {
     for (int number = 0; number < min(a.stages, stages_to_do); ++number) fetch(number, number);
   };
-
   if (warp == COPIER) {
     for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 1), barrier_init(emptied + s, SPAN);
     for (int b = first_block + lane; b < end_block; b += 32)
@@ -201,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   // 1. x, normed or not, into shared memory
   const int vectors = a.k / 8;
   uint4 norm[HELD], post[HELD];
+  const float scalar = ADD && a.scalar ? to_float(*a.scalar) : 1.0f;
   if constexpr (NORM || ADD) {
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
@@ -226,7 +241,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     }
     if constexpr (ADD) {
       const float scale = rsqrtf(block_sum(square, scratch) / a.k + a.eps);
-      const float scalar = a.scalar ? to_float(*a.scalar) : 1.0f;
       square = 0;
 #pragma unroll
       for (int i = 0; i < HELD; ++i) {
@@ -290,6 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   __syncthreads();
 
   if (warp == COPIER) {
+    grid_trigger();
     if (lane == 0) {
       for (int number = a.stages, stage = 0, parity = 0; number < stages_to_do; ++number) {
         barrier_wait(emptied + stage, parity);
@@ -297,8 +312,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
         if (++stage == a.stages) stage = 0, parity ^= 1;
       }
     }
-    // Not before: the next kernel's blocks shall find room on every multiprocessor alike.
-    grid_trigger();
+    __syncwarp();
+    bring_next(a);
     return;
   }
   if (warp == ADDER) {
@@ -359,14 +374,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     const float x0 = a.offset * sum.x, x1 = a.offset * sum.y;
     apply(data + 2048, d[0] - x0, d[1] - x1, d[2] - x0, d[3] - x1);
     if constexpr (ZERO) apply(data + 2048 + SCALES, sum.x, sum.y, sum.x, sum.y);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(emptied + stage);
     // Lanes t = 0 get row g, t = 1 row g + 8.
     float y = (t & 1 ? y1 : y0) + __shfl_xor_sync(0xffffffffu, t & 1 ? y0 : y1, 1);
     y += __shfl_xor_sync(0xffffffffu, y, 2);
     if (t < 2) parts[index * ROWS + t * 8 + g] = y;
     __syncwarp();
-    if (lane == 0) barrier_arrive(added + block - first_block);
+    // The tile's room is given back here and no earlier: what was loaded last, the scales, has arrived for sure.
+    if (lane == 0) barrier_arrive(emptied + stage), barrier_arrive(added + block - first_block);
     index = __shfl_sync(0xffffffffu, next, 0);
   }
 }

@@ -12,6 +12,8 @@ from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
+AHEAD = 128 << 10
+"""Bytes of the next weights that each block of threads brings to the L2."""
 _SHARED, _ALONE = 108 << 10, 116 << 10
 """Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and that
 no two blocks of one kernel find."""
@@ -28,6 +30,8 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("n", "k", "tiles_per_block", "row_blocks", "slots", "x_per_slot")),
         *((name, ctypes.c_int32) for name in ("most_tiles", "most_blocks", "stages")),
         *((name, ctypes.c_uint32) for name in ("per_tiles_per_block", "per_stages")),
+        *((name, ctypes.c_int32) for name in ("next_blocks", "next_tiles", "next_tile", "next_skip", "ahead")),
+        ("next", ctypes.c_uint64),
     ]
 
 
@@ -58,22 +62,16 @@ def matvec(
     softcap: float | None = None,
     experts: Tensor | None = None,
     alone: bool = False,
+    following: Tiles | None = None,
     overlap: bool = True,
 ) -> None:
     """See `fused_linear`, which checks; here `experts` [slots] int64 chooses matrices of a stack, and x is [1, K] or
     [slots, K]."""
     K = weight.K
-    row_blocks, columns = weight.tiles.shape[-3:-1]
     slots = 1 if experts is None else len(experts)
     x_rows = x.numel() // K
-    tiles = slots * row_blocks * columns
     wave = cuda.multiprocessors(x.device)
-    blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
-    most_tiles = -(-tiles // blocks)
-    most_blocks = most_tiles // columns + 2
-    shared = x_rows * columns * (256 * 2 + 8 * 4) + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
-    stage = SPAN * weight.tile_bytes + 20
-    stages = max(2, min((_SHARED - shared) // stage, -(-most_tiles // SPAN)))
+    plan = _plan(weight, slots, x_rows, wave)
     defines = {
         **weight.defines,
         "NORM": int(norm is not None),
@@ -101,21 +99,55 @@ def matvec(
         softcap=softcap or 0.0,
         n=weight.N,
         k=K,
-        tiles_per_block=columns,
-        row_blocks=row_blocks,
+        tiles_per_block=plan.columns,
+        row_blocks=plan.row_blocks,
         slots=slots,
         x_per_slot=int(x_rows > 1),
-        most_tiles=most_tiles,
-        most_blocks=most_blocks,
-        stages=stages,
-        per_tiles_per_block=-(-(1 << 32) // columns),
-        per_stages=-(-(1 << 32) // stages),
+        most_tiles=plan.most_tiles,
+        most_blocks=plan.most_blocks,
+        stages=plan.stages,
+        per_tiles_per_block=-(-(1 << 32) // plan.columns),
+        per_stages=-(-(1 << 32) // plan.stages),
         offset=weight.excess,
     )
+    if following is not None and overlap:
+        then = _plan(following, 1, 1, wave)
+        arguments.next, arguments.next_tile = following.tiles.data_ptr(), following.tile_bytes
+        arguments.next_blocks, arguments.next_tiles = then.blocks, then.row_blocks * then.columns
+        arguments.next_skip, arguments.ahead = then.stages * SPAN * following.tile_bytes, AHEAD
     function = cuda.kernel(SOURCE, "matvec", defines)
-    function(
-        blocks, (WARPS + 2) * 32, [arguments], shared=max(shared + stages * stage, _ALONE * alone), overlap=overlap
-    )
+    shared = max(plan.shared, _ALONE * alone)
+    function(plan.blocks, (WARPS + 2) * 32, [arguments], shared=shared, overlap=overlap)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a stack of matrices is shared by blocks of threads."""
+
+    blocks: int
+    row_blocks: int
+    """Of one matrix."""
+    columns: int
+    """Tiles of a row block."""
+    most_tiles: int
+    """Of a block of threads."""
+    most_blocks: int
+    """Row blocks that one touches."""
+    stages: int
+    shared: int
+    """Bytes of shared memory."""
+
+
+def _plan(weight: Tiles, slots: int, x_rows: int, wave: int) -> _Plan:
+    row_blocks, columns = weight.tiles.shape[-3:-1]
+    tiles = slots * row_blocks * columns
+    blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
+    most_tiles = -(-tiles // blocks)
+    most_blocks = most_tiles // columns + 2
+    shared = x_rows * columns * (256 * 2 + 8 * 4) + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
+    stage = SPAN * weight.tile_bytes + 20
+    stages = max(2, min((_SHARED - shared) // stage, -(-most_tiles // SPAN)))
+    return _Plan(blocks, row_blocks, columns, most_tiles, most_blocks, stages, shared + stages * stage)
 
 
 def can_norm(K: int) -> bool:
