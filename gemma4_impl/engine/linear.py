@@ -21,8 +21,6 @@ class Linear:
         self.in_features = parts[0].shape[-1]
         self.out_features = sum(part.shape[0] for part in parts) // (2 if gated else 1)
         self.fused = len(parts) == 1 and isinstance(parts[0], CudaWeight)
-        self.following: Linear | None = None
-        """What a decode step multiplies with next."""
 
     @property
     def nbytes(self) -> int:
@@ -71,8 +69,7 @@ class Linear:
             and ((norm is None and add is None) or can_norm(self.in_features))
         ):
             act = "gelu_mul" if self.gated else None if times is None else "gelu"
-            then = self.following.parts[0] if self.following is not None and self.following.fused else None
-            options = {"act": act, "times": times, "softcap": softcap, "alone": alone, "following": then}
+            options = {"act": act, "times": times, "softcap": softcap, "alone": alone}
             fused_linear(self.parts[0], x, out, norm=norm, eps=eps, add=add, **options)
             return
         if add is not None:

@@ -1,7 +1,6 @@
 """The text model's weights as the engine takes them: streamed from a checkpoint, q/k/v and gate/up put together."""
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,12 +70,6 @@ class Layer:
     layer_scalar: Tensor
     moe: MoE | None
     ple: PerLayerInput | None
-
-    @property
-    def linears(self) -> list[Linear]:
-        """In the order in which a token passes them; experts are none."""
-        last = [] if self.ple is None else [self.ple.gate, self.ple.projection]
-        return [self.qkv, self.o_proj, self.gate_up, self.down_proj, *last]
 
 
 @dataclass(frozen=True)
@@ -153,8 +146,6 @@ class _Loader:
         head = self._head(embed_tokens)
         layers = tuple(self._layer(layer) for layer in tracked(config.layers, "loading", progress))
         norm = self._tensor("norm.weight")
-        for linear, following in itertools.pairwise([*(x for layer in layers for x in layer.linears), head]):
-            linear.following = following
         return PackedModel(
             config, self.dtype, self.device, embed_tokens, layers, norm, head, rope,
             nbytes=self.nbytes, nbytes_read=self.nbytes_read, **parts,

@@ -44,8 +44,10 @@ class Quantized(Checkpoint):
         return super().tensor(name) if weight is None else weight.dequantize()
 
 
-def weights(variant: str, folder: Path, quantized: bool = False, layers: list[str] | None = None) -> Checkpoint:
-    overrides = aligned(variant, 32) | SHORT[variant] | {"vocab_size": VOCAB}
+def weights(
+    variant: str, folder: Path, quantized: bool = False, layers: list[str] | None = None, **changes: int
+) -> Checkpoint:
+    overrides = aligned(variant, 32) | SHORT[variant] | {"vocab_size": VOCAB} | changes
     if layers:
         overrides |= {"num_hidden_layers": len(layers), "layer_types": layers}
     return (Quantized if quantized else Checkpoint)(make_tiny(variant, folder, overrides=overrides))

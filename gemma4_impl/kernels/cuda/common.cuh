@@ -106,11 +106,6 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// `bytes` (a multiple of 16) into the L2; nothing waits for them.
-DEVICE void prefetch_bulk(const void* global, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Tensor cores
 
 // d[16, 8] += a[16, 16] b[16, 8] in float32; the layout of the registers is that of PTX's mma.m16n8k16.

@@ -62,7 +62,6 @@ def fused_linear(
     times: Tensor | None = None,
     softcap: float | None = None,
     alone: bool = False,
-    following: "CudaWeight | None" = None,
 ) -> None:
     """One token [1, K] -> out [1, N] (N / 2 with `gelu_mul`), bfloat16 or float32, in one kernel that is launched while
     the one before it still runs. `naive.fused_linear` is the definition.
@@ -73,7 +72,6 @@ def fused_linear(
         act: "gelu_mul" of a weight that is `gated`: gelu(gate) * up; "gelu": gelu(y) * `times` [1, N].
         softcap: cap * tanh(y / cap).
         alone: no two blocks of threads on a multiprocessor, for after a kernel that leaves some of them empty.
-        following: the weight that is multiplied with next: its first tiles are brought to the L2 at the end.
     Raises ValueError for shapes, dtypes or an activation that do not fit."""
     w = weight.matrix()
     N = w.N // 2 if act == "gelu_mul" else w.N
@@ -86,9 +84,7 @@ def fused_linear(
     tensors = [x, out, norm, times, *((add.residual, add.post_norm, add.scalar, add.out) if add else ())]
     if any(t is not None and not t.is_contiguous() for t in tensors):
         raise ValueError("all tensors must be contiguous")
-    then = None if following is None else following.matrix()
-    how = {"act": act, "times": times, "softcap": softcap, "alone": alone, "following": then}
-    matvec.matvec(w, x, out, norm=norm, eps=eps, add=add, **how)
+    matvec.matvec(w, x, out, norm=norm, eps=eps, add=add, act=act, times=times, softcap=softcap, alone=alone)
 
 
 def experts_linear(weight: "CudaWeight", x: Tensor, experts: Tensor, out: Tensor) -> None:

@@ -1,15 +1,15 @@
 // 2 to 16 tokens times four-bit weights, and weights back to bfloat16. See matvec.cu for the tiles.
 //
-// A block of threads takes two tiles each of eight row blocks at a time, a tile for each of its warps, together with the
-// same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that eight
-// row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others leave.
+// A block of threads takes two tiles each of sixteen row blocks at a time, a row block for each of its warps, together
+// with the same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that
+// sixteen row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others
+// leave.
 //
 // The tensor cores multiply with 128 + nibble, and each group's product is scaled in float32. What is too much, and the
 // zeros, are a small product of their own: scales (or zeros) times the sums of x over the groups, which one warp makes.
 #include "common.cuh"
 
-constexpr int ROWS = 16, COLUMNS = 256, WARPS = 16;
-constexpr int PARTS = WARPS / BLOCKS;                 // warps that share a row block
+constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 16, WARPS = BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
@@ -24,7 +24,7 @@ struct Arguments {
   const u8* weight;
   const bf16* x;   // [M, K]
   bf16* out;       // [M, N]
-  float* partials; // [blocks, 256 lanes, 4 WIDE]
+  float* partials; // [blocks, 512 lanes, 4 WIDE]
   u32* flags;      // [blocks], zero between launches
   int m, n, k, columns, row_blocks, stages;
   float offset;     // what 128 + nibble is too much, as a factor of the sum of x
@@ -84,7 +84,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
   u64* x_filled = filled + a.stages;
   u64* summed = x_filled + a.stages;
   u64* emptied = summed + a.stages;
-  float4* halves = reinterpret_cast<float4*>(emptied + a.stages);  // sums of every second tile
   const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
   const int spans = (a.columns + SPAN - 1) / SPAN;
   const i64 total = i64{tall} * spans;
@@ -171,7 +170,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
 
   // Of eight bits, lanes 0 and 1 have high nibbles, which count 16 times.
   const u32 times = SPLIT && t < 2 ? 0x41804180u : 0x3f803f80u;
-  const int block = warp % BLOCKS, part = warp / BLOCKS;
   int stage = 0, parity = 0;
   for (int unit = first; unit < last;) {
     const int group = unit / spans, begin = unit, end = min(last, (group + 1) * spans);
@@ -181,8 +179,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
       barrier_wait(x_filled + stage, parity);
       barrier_wait(summed + stage, parity);
 #pragma unroll
-      for (int at = part; at < SPAN && unit % spans * SPAN + at < a.columns; at += PARTS) {
-        const u8* data = shared + stage * STAGE + (block * SPAN + at) * TILE;
+      for (int at = 0; at < SPAN; ++at) {
+        if (unit % spans * SPAN + at >= a.columns) break;
+        const u8* data = shared + stage * STAGE + (warp * SPAN + at) * TILE;
         const bf16* x = x_of(stage) + at * CODES;
 #pragma unroll
         for (int i = 0; i < 1 + ZERO; ++i) {
@@ -225,22 +224,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
       if (lane == 0) barrier_arrive(emptied + stage);
       if (++stage == a.stages) stage = 0, parity ^= 1;
     }
-    if constexpr (PARTS > 1) {
-      if (part) {
-#pragma unroll
-        for (int n = 0; n < WIDE; ++n) halves[(block * 32 + lane) * WIDE + n] = {c[n][0], c[n][1], c[n][2], c[n][3]};
-      }
-      barrier_of(1, WARPS * 32);
-      if (!part) {
-#pragma unroll
-        for (int n = 0; n < WIDE; ++n) {
-          const float4 more = halves[(block * 32 + lane) * WIDE + n];
-          c[n][0] += more.x, c[n][1] += more.y, c[n][2] += more.z, c[n][3] += more.w;
-        }
-      }
-      barrier_of(1, WARPS * 32);
-    }
-    if (part) continue;
     const int mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
     if (begin > group * spans) {  // another block has the first columns
 #pragma unroll
@@ -270,7 +253,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int token = i * 8 + 2 * t + j % 2, n = (group * BLOCKS + block) * ROWS + g + j / 2 * 8;
+        const int token = i * 8 + 2 * t + j % 2, n = (group * BLOCKS + warp) * ROWS + g + j / 2 * 8;
         if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(c[i][j]);
       }
   }

@@ -13,7 +13,7 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-_BLOCKS, _SPAN, _WARPS, _SHARED = 16, 2, 16, 208 << 10
+_BLOCKS, _SPAN, _SHARED = 16, 2, 208 << 10
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
@@ -36,8 +36,7 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     codes = 128 if weight.split else 256
     stage = _BLOCKS * _SPAN * weight.tile_bytes + 8 * wide * (_SPAN * codes + 32) * 2
     stage += _SPAN * 8 * wide * 32 * (1 + weight.has_zero)
-    halves = _BLOCKS * 32 * 16 * wide if _BLOCKS < _WARPS else 0
-    stages = min((_SHARED - halves) // (stage + 32), -(-units // blocks))
+    stages = min(_SHARED // (stage + 32), -(-units // blocks))
     partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
@@ -53,15 +52,15 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         stages=stages,
         offset=weight.excess,
     )
-    function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide, "BLOCKS": _BLOCKS})
-    function(blocks, (_WARPS + 2) * 32, [arguments], shared=stages * (stage + 32) + halves, overlap=overlap)
+    function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
+    function(blocks, (_BLOCKS + 2) * 32, [arguments], shared=stages * (stage + 32), overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
     """Rows from `start`, a multiple of 16, as many as `out` [rows, K] bfloat16 takes: scale * (code - offset) + zero in
     float32, rounded once. On the current stream, unless another is named."""
     columns = weight.tiles.shape[-2]
-    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1, "BLOCKS": _BLOCKS})
+    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1})
     tiles = weight.tiles[start // ROWS :]
     args = [tiles, out, columns, len(out), weight.K, weight.offset]
     function((-(-columns // 8), -(-len(out) // ROWS)), 256, args, stream=stream)

@@ -41,8 +41,7 @@ struct Arguments {
   int most_blocks;         // row blocks that it touches
   int stages;              // of the ring, SPAN tiles each
   u32 per_tiles_per_block, per_stages;  // 2^32 / n, rounded up: a product's upper half is the quotient
-  int next_blocks, next_tiles, next_tile, next_skip, ahead;  // see `bring_next`
-  const u8* next;          // the tiles that are multiplied with after these, or null
+  int lead;                // stages that are not yet asked for when the next kernel may start
 };
 
 DEVICE float block_sum(float x, float* scratch) {
@@ -142,17 +141,6 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
       }
     }
   }
-}
-
-// When all has been asked for, the memory would rest until the next kernel has its x, the ring of which is full already.
-// So `ahead` bytes that each of its blocks will ask for beyond that, `next_skip`, are brought to the L2.
-DEVICE void bring_next(const Arguments& a) {
-  if (!a.next || blockIdx.x >= a.next_blocks) return;
-  constexpr int PIECE = 4096;
-  const auto tile = [&](int block) { return i64{a.next_tiles} * block / a.next_blocks * a.next_tile; };
-  const i64 begin = tile(blockIdx.x) + a.next_skip, end = min(tile(blockIdx.x + 1), begin + a.ahead);
-  for (i64 at = begin + lane_id() * PIECE; at < end; at += 32 * PIECE)
-    prefetch_bulk(a.next + at, static_cast<u32>(min(i64{PIECE}, end - at)));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_constant__ Arguments a) {
@@ -304,16 +292,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   __syncthreads();
 
   if (warp == COPIER) {
-    grid_trigger();
     if (lane == 0) {
+      const int trigger = max(a.stages, stages_to_do - a.lead);
       for (int number = a.stages, stage = 0, parity = 0; number < stages_to_do; ++number) {
+        if (number == trigger) grid_trigger();
         barrier_wait(emptied + stage, parity);
         fetch(number, stage);
         if (++stage == a.stages) stage = 0, parity ^= 1;
       }
     }
+    // One lane's trigger is the block's, so that the others wait for lane 0.
     __syncwarp();
-    bring_next(a);
+    grid_trigger();
     return;
   }
   if (warp == ADDER) {

@@ -12,8 +12,8 @@ from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
-AHEAD = 128 << 10
-"""Bytes of the next weights that each block of threads brings to the L2."""
+LEAD = 24
+"""Stages that a block of threads has not yet asked for when the next kernel may start."""
 _SHARED, _ALONE = 108 << 10, 116 << 10
 """Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and that
 no two blocks of one kernel find."""
@@ -30,8 +30,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("n", "k", "tiles_per_block", "row_blocks", "slots", "x_per_slot")),
         *((name, ctypes.c_int32) for name in ("most_tiles", "most_blocks", "stages")),
         *((name, ctypes.c_uint32) for name in ("per_tiles_per_block", "per_stages")),
-        *((name, ctypes.c_int32) for name in ("next_blocks", "next_tiles", "next_tile", "next_skip", "ahead")),
-        ("next", ctypes.c_uint64),
+        ("lead", ctypes.c_int32),
     ]
 
 
@@ -62,7 +61,6 @@ def matvec(
     softcap: float | None = None,
     experts: Tensor | None = None,
     alone: bool = False,
-    following: Tiles | None = None,
     overlap: bool = True,
 ) -> None:
     """See `fused_linear`, which checks; here `experts` [slots] int64 chooses matrices of a stack, and x is [1, K] or
@@ -109,12 +107,8 @@ def matvec(
         per_tiles_per_block=-(-(1 << 32) // plan.columns),
         per_stages=-(-(1 << 32) // plan.stages),
         offset=weight.excess,
+        lead=LEAD,
     )
-    if following is not None and overlap:
-        then = _plan(following, 1, 1, wave)
-        arguments.next, arguments.next_tile = following.tiles.data_ptr(), following.tile_bytes
-        arguments.next_blocks, arguments.next_tiles = then.blocks, then.row_blocks * then.columns
-        arguments.next_skip, arguments.ahead = then.stages * SPAN * following.tile_bytes, AHEAD
     function = cuda.kernel(SOURCE, "matvec", defines)
     shared = max(plan.shared, _ALONE * alone)
     function(plan.blocks, (WARPS + 2) * 32, [arguments], shared=shared, overlap=overlap)

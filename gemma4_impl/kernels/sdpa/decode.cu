@@ -83,6 +83,9 @@ DEVICE void copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void prefetch_bulk(const void* global, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 DEVICE int value_at(const void* p, int wide, int i) {
   return wide ? static_cast<int>(static_cast<const i64*>(p)[i]) : static_cast<const i32*>(p)[i];
 }
