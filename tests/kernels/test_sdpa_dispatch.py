@@ -10,7 +10,7 @@ from kernel_checks import normal
 from sdpa_cases import Attention, attentions
 
 from gemma4_impl.kernels.sdpa import dispatch, naive, tune
-from gemma4_impl.kernels.sdpa.backends import Case
+from gemma4_impl.kernels.sdpa.backends import BACKENDS, Case
 from gemma4_impl.kernels.sdpa.dispatch import choose, explain, sdpa
 
 GPU = torch.device("cuda", 0)
@@ -157,3 +157,12 @@ def test_what_tuning_writes_is_found(table) -> None:
     for i, shape in enumerate(tune.SHAPES):
         if "triton" not in choose(tune.case_of(shape)).refused:
             assert choose(tune.case_of(shape)).times == {"triton": 1.0 + i}, shape
+
+
+def test_tables_that_are_shipped_name_what_there_is():
+    """And the cases that they were measured for."""
+    for path in dispatch.TABLES.glob("*.json"):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        wanted = [tune.case_of(shape) for shape in tune.SHAPES]
+        assert [tune.row_of(case, row["ms"]) for case, row in zip(wanted, table["rows"], strict=True)] == table["rows"]
+        assert all(row["ms"] and set(row["ms"]) <= set(BACKENDS) for row in table["rows"])
