@@ -14,6 +14,7 @@ from gemma4_impl.quant.cuda import ROWS
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
 _BLOCKS, _SPAN, _SHARED = 16, 2, 208 << 10
+"""Row blocks and tiles of each at a time, as in few.cu; bytes of shared memory."""
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
@@ -63,11 +64,13 @@ def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream
     function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1})
     tiles = weight.tiles[start // ROWS :]
     args = [tiles, out, columns, len(out), weight.K, weight.offset]
-    function((-(-columns // 8), -(-len(out) // ROWS)), 256, args, stream=stream)
+    warps = 8
+    function((-(-columns // warps), -(-len(out) // ROWS)), 32 * warps, args, stream=stream)
 
 
 def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
-    """x [M, K] times a matrix -> out [M, N], by slices of rows: one is dequantized while cuBLAS takes another."""
+    """x [M, K] times a matrix -> out [M, N], by slices of rows: one is dequantized while cuBLAS takes another. All calls
+    on a device share two events, so that they must come from one thread."""
     step = _slice_rows(len(x), weight, cuda.multiprocessors(x.device))
     if step >= weight.N:
         dense = torch.empty(weight.N, weight.K, dtype=x.dtype, device=x.device)

@@ -184,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   const auto prefetch = [&] {
     for (int number = 0; number < min(a.stages, stages_to_do); ++number) fetch(number, number);
   };
+
   if (warp == COPIER) {
     for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 1), barrier_init(emptied + s, SPAN);
     for (int b = first_block + lane; b < end_block; b += 32)
