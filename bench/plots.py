@@ -1,6 +1,7 @@
 """The report's figures as inline SVG: a roofline, bars of a group's backends, and time against context length."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -85,13 +86,14 @@ def against_context(lines: Mapping[str, Sequence[Published]], label: str) -> Mar
     """Time against context length on log scales: backend -> its rows; the roofline dashed."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((6.4, 2.9))
-        axes = figure.add_axes((0.105, 0.145, 0.575, 0.835))
+        axes = figure.add_axes((0.105, 0.145, 0.53, 0.835))
         every = sorted((row for rows in lines.values() for row in rows), key=lambda row: row.info["context"])
         for i, (backend, rows) in enumerate(lines.items()):
             points = sorted((row.info["context"], row.median) for row in rows)
             ours = rows[0].ours
             style = {"linewidth": 2.0, "markersize": 5} if ours else {"linewidth": 1.1, "markersize": 3.5}
-            axes.plot(*zip(*points, strict=True), marker="o", color=path_colour(i), label=backend, **style)
+            name = textwrap.fill(backend, 32)
+            axes.plot(*zip(*points, strict=True), marker="o", color=path_colour(i), label=name, **style)
         least = {row.info["context"]: row.info["roofline_s"] for row in every if row.info.get("roofline_s")}
         if least:
             axes.plot(
