@@ -100,7 +100,8 @@ def dequantize(model: Gemma4, dtype: torch.dtype | None = None, names: set[str] 
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         del module.quantized[leaf]
-        if tied and name == HEAD and not model.embed_tokens.weight.is_meta:
+        embedding = model.embed_tokens.weight.data
+        if tied and name == HEAD and type(embedding) is torch.Tensor and not embedding.is_meta:
             model.lm_head.weight = model.embed_tokens.weight
         else:
             set_tensor(model, name, weight.dequantize(dtype))

@@ -56,6 +56,10 @@ def refusal(weight: QuantizedTensor, module: nn.Module) -> str | None:
         return f"XNNPACK takes int8 with one scale for each row, not for {weight.group_size} values"
     if weight.bits == 4 and weight.group_size % 32 and not per_row:
         return f"XNNPACK takes groups of a multiple of 32, not of {weight.group_size}"
+    # Programs with another would not load. Groups of zeros are given a scale.
+    held = weight.scale.bfloat16().float()
+    if not bool(((held >= torch.finfo(held.dtype).tiny) & held.isfinite() | (weight.scale == 0)).all()):
+        return "XNNPACK takes positive scales only"
     return None
 
 
@@ -65,10 +69,12 @@ def _intx(weight: QuantizedTensor, linear: bool) -> torch.Tensor:
         IntxUnpackedToInt8TensorActivationQuantization as Activations,
     )
 
-    codes = weight.codes()
+    codes, scale = weight.codes(), weight.scale.float()
+    codes = codes if weight.bits == 8 else codes.to(torch.int8) - 8
+    empty = scale == 0
     return IntxUnpackedToInt8Tensor(
-        qdata=codes if weight.bits == 8 else codes.to(torch.int8) - 8,
-        scale=weight.scale.float(),
+        qdata=codes.masked_fill(empty.repeat_interleave(weight.group_size, dim=-1), 0),
+        scale=scale.masked_fill(empty, 1),
         zero_point=torch.zeros(weight.scale.shape, dtype=torch.int8),
         target_dtype=torch.int8 if weight.bits == 8 else torch.int4,
         block_size=(1, weight.group_size),

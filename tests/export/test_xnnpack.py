@@ -18,7 +18,7 @@ from gemma4_impl.export.folder import Manifest
 from gemma4_impl.export.inspect import inspect
 from gemma4_impl.export.program import Settings
 from gemma4_impl.export.source import hold
-from gemma4_impl.export.xnnpack_weights import check_linears, refusal
+from gemma4_impl.export.xnnpack_weights import check_linears, install, refusal
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.tensor import QuantizedTensor
 
@@ -167,6 +167,7 @@ def quantized(tmp_path_factory):
     for i, name in enumerate(names):
         bits, group = (8, 0) if "down_proj" in name else (4, 32)
         weight = quantize(model.get_submodule(name).weight.shape, bits, group or 64, i)
+        weight.scale[1, 0] = 0  # a group of zeros, as files of llama.cpp have them
         hold(model, f"{name}.weight", weight, torch.float32)
         dense_model.get_submodule(name).weight.data = as_xnnpack(weight).dequantize()
     embedding = quantize(model.embed_tokens.weight.shape, 4, 32, 99)
@@ -224,6 +225,25 @@ def test_what_becomes_dense():
     assert "symmetric" in refusal(asymmetric, linear)
     assert "symmetric" in refusal(QuantizedTensor(fine.qdata, fine.scale, None, 4, 0), embedding)
     assert "experts" in refusal(fine, nn.Module())
+    for scale, reason in ((-0.1, "positive scales only"), (1e-39, "positive scales only"), (0, None)):
+        odd = dataclasses.replace(fine, scale=fine.scale.clone())
+        odd.scale[2, 1] = scale
+        assert refusal(odd, linear) == (reason and f"XNNPACK takes {reason}")
+        assert refusal(odd, embedding) is None
+
+
+def test_a_head_is_dense_beside_its_quantized_embedding():
+    """They are one tensor, of which the one's product is there and the other's is not."""
+    config = TextConfig.from_dict(hub(**ONE, hidden_size=64, intermediate_size=64, head_dim=16, global_head_dim=32))
+    model, lines = random_model(config, torch.float32), []
+    embedding = quantize(model.embed_tokens.weight.shape, 8, 32, 0)
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        hold(model, name, embedding, torch.float32)
+    assert install(model, lines.append) == {"embed_tokens.weight"}
+    check_linears(model)
+    assert type(model.lm_head.weight.data) is Tensor
+    assert torch.equal(model.lm_head.weight, embedding.dequantize())
+    assert lines == ["lm_head.weight becomes dense: XNNPACK takes int8 with one scale for each row, not for 32 values"]
 
 
 def test_refused():

@@ -69,8 +69,8 @@ def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream
 
 
 def many(weight: Tiles, x: Tensor, out: Tensor) -> None:
-    """x [M, K] times a matrix -> out [M, N], by slices of rows: one is dequantized while cuBLAS takes another. All calls
-    on a device share two events, so that they must come from one thread."""
+    """x [M, K] times a matrix -> out [M, N], by slices of rows: one is dequantized while cuBLAS takes another. Calls on
+    a device share events, so that they must come from one thread."""
     step = _slice_rows(len(x), weight, cuda.multiprocessors(x.device))
     if step >= weight.N:
         dense = torch.empty(weight.N, weight.K, dtype=x.dtype, device=x.device)
