@@ -116,7 +116,8 @@ def ratio_by_depth(comparisons: Mapping[str, Comparison], colours: Mapping[str, 
         limit = axes.get_ylim()[1]
         for path, line in lines.items():
             clipped = np.where(np.isposinf(line), limit, line)
-            axes.plot(*_thin_line(order, clipped), color=path_colour(colours[path]), linewidth=1.3, alpha=0.9)
+            style = {"color": path_colour(colours[path]), "linewidth": 1.3, "marker": _marker(order), "alpha": 0.9}
+            axes.plot(*_thin_line(order, clipped), **style)
             first = comparisons[path].first_divergence
             if first:
                 at = order.index(first.tap)
@@ -139,9 +140,12 @@ def error_by_depth(comparisons: Sequence[Comparison], label: str) -> Markup:
                 # A log axis has no place for zero and infinity: a gap in the line.
                 line = np.where(np.isfinite(line) & (line > 0), line, np.nan)
                 if not np.isnan(line).all():
-                    axes.plot(x, line, color=colour, linewidth=1.3 if style == "-" else 1, linestyle=style)
+                    width = 1.3 if style == "-" else 1
+                    axes.plot(x, line, color=colour, linewidth=width, linestyle=style, marker=_marker(order))
         axes.set_yscale("log")
         low, high = axes.get_ylim()
+        if high < 3 * low:  # one tap; its labels would all be the same
+            low, high = axes.set_ylim(low / 3, high * 3)
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high < 100 * low else (1.0,), numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(power))
@@ -247,11 +251,18 @@ def _depth_figure(comparisons: Sequence[Comparison]) -> tuple[Figure, Axes, list
         axes.axvline(block.start - 0.5, color=LINE, linewidth=0.5, zorder=0)
     kept = _thin(found, 20)
     axes.set_xticks([(b.start + b.end - 1) / 2 for b in kept], [b.label for b in kept])
+    if len(order) == 1:
+        axes.set_xticks([0], order)
     axes.tick_params(length=2)
     axes.set_xlim(-0.5, max(len(order), 1) - 0.5)
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_axisbelow(True)
     return figure, axes, order
+
+
+def _marker(order: Sequence[str]) -> str | None:
+    """One tap makes no line: a program that returns its logits alone."""
+    return "o" if len(order) == 1 else None
 
 
 def _thin(found: Sequence[Block], most: int) -> list[Block]:

@@ -38,7 +38,8 @@ def stages_by_depth(split: Split, label: str) -> Markup:
         cases = [case for case in split.packed if case.dtype == dtype]
         lines.append((_totals(cases), STAGES[f"packed {dtype}"], "-"))
     lines += [(_totals([case]), _DENSE, (0, (1, 1.2))) for case in split.dense]
-    taps = [name for name in dict.fromkeys(name for line, *_ in lines for name in line) if _shown(name)]
+    # A program may have no taps but the logits.
+    taps = sorted({name for line, *_ in lines for name in line if _shown(name)}, key=_depth)
     with matplotlib.rc_context(STYLE):
         figure = Figure((6.4, 2.4))
         axes = figure.add_axes((0.082, 0.12, 0.912, 0.85))
@@ -134,6 +135,11 @@ def _write(axes, grid: np.ndarray, spans: set[int], norm: Normalize, colormap) -
 
 def _shown(name: str) -> bool:
     return name == "logits" or bool(re.fullmatch(r"layers\.\d+\.out", name))
+
+
+def _depth(name: str) -> tuple[bool, int]:
+    """Sorts layers by their number, and the logits after them."""
+    return name == "logits", 0 if name == "logits" else int(name.split(".")[1])
 
 
 def _totals(cases: Sequence) -> dict[str, float]:
