@@ -66,10 +66,17 @@ def matvec(
     """See `fused_linear`, which checks; here `experts` [slots] int64 chooses matrices of a stack, and x is [1, K] or
     [slots, K]."""
     K = weight.K
+    row_blocks, columns = weight.tiles.shape[-3:-1]
     slots = 1 if experts is None else len(experts)
     x_rows = x.numel() // K
+    tiles = slots * row_blocks * columns
     wave = cuda.multiprocessors(x.device)
-    plan = _plan(weight, slots, x_rows, wave)
+    blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
+    most_tiles = -(-tiles // blocks)
+    most_blocks = most_tiles // columns + 2
+    shared = x_rows * columns * (256 * 2 + 8 * 4) + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
+    stage = SPAN * weight.tile_bytes + 20
+    stages = max(2, min((_SHARED - shared) // stage, -(-most_tiles // SPAN)))
     defines = {
         **weight.defines,
         "NORM": int(norm is not None),
@@ -97,51 +104,22 @@ def matvec(
         softcap=softcap or 0.0,
         n=weight.N,
         k=K,
-        tiles_per_block=plan.columns,
-        row_blocks=plan.row_blocks,
+        tiles_per_block=columns,
+        row_blocks=row_blocks,
         slots=slots,
         x_per_slot=int(x_rows > 1),
-        most_tiles=plan.most_tiles,
-        most_blocks=plan.most_blocks,
-        stages=plan.stages,
-        per_tiles_per_block=-(-(1 << 32) // plan.columns),
-        per_stages=-(-(1 << 32) // plan.stages),
+        most_tiles=most_tiles,
+        most_blocks=most_blocks,
+        stages=stages,
+        per_tiles_per_block=-(-(1 << 32) // columns),
+        per_stages=-(-(1 << 32) // stages),
         offset=weight.excess,
         lead=LEAD,
     )
     function = cuda.kernel(SOURCE, "matvec", defines)
-    shared = max(plan.shared, _ALONE * alone)
-    function(plan.blocks, (WARPS + 2) * 32, [arguments], shared=shared, overlap=overlap)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How a stack of matrices is shared by blocks of threads."""
-
-    blocks: int
-    row_blocks: int
-    """Of one matrix."""
-    columns: int
-    """Tiles of a row block."""
-    most_tiles: int
-    """Of a block of threads."""
-    most_blocks: int
-    """Row blocks that one touches."""
-    stages: int
-    shared: int
-    """Bytes of shared memory."""
-
-
-def _plan(weight: Tiles, slots: int, x_rows: int, wave: int) -> _Plan:
-    row_blocks, columns = weight.tiles.shape[-3:-1]
-    tiles = slots * row_blocks * columns
-    blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
-    most_tiles = -(-tiles // blocks)
-    most_blocks = most_tiles // columns + 2
-    shared = x_rows * columns * (256 * 2 + 8 * 4) + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
-    stage = SPAN * weight.tile_bytes + 20
-    stages = max(2, min((_SHARED - shared) // stage, -(-most_tiles // SPAN)))
-    return _Plan(blocks, row_blocks, columns, most_tiles, most_blocks, stages, shared + stages * stage)
+    function(
+        blocks, (WARPS + 2) * 32, [arguments], shared=max(shared + stages * stage, _ALONE * alone), overlap=overlap
+    )
 
 
 def can_norm(K: int) -> bool:
