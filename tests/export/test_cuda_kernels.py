@@ -136,7 +136,7 @@ def test_prefill_is_one_kernel(ring: bool, hopper) -> None:
 def test_linears_compile_for_hopper(bits: int, group: int, zero: bool, experts: bool) -> None:
     """At the sizes of the 31B: without spilling more shared memory than a block has."""
     pointers = {"x_ptr": "*bf16", "scale_ptr": "*bf16", "out_ptr": "*bf16", "codes_ptr": "*u8" if bits == 4 else "*i8"}
-    span = min(group & -group, 256)
+    log_codes = 3 if bits == 4 else 2
     shared = {"GROUP": group, "BITS": bits, "OFFSET": 8, "ZERO": zero, "zero_ptr": None, "experts_ptr": None}
     pointers |= {"zero_ptr": "*bf16"} if zero else {}
     pointers |= {"experts_ptr": "*i64"} if experts else {}
@@ -145,9 +145,9 @@ def test_linears_compile_for_hopper(bits: int, group: int, zero: bool, experts: 
         "K": 5376,
         "X_STRIDE": 0,
         "EXPERTS": experts,
-        "SPAN": span,
-        "SPANS": 1024 // span,
-        "BLOCK_N": 4,
+        "LOG_CODES": log_codes,
+        "BLOCK_N": 8,
+        "BLOCK_U": 128,
     }
     for kernel, constants in ((matvec_kernel, sizes), (dequantize_kernel, {"SIZE": 21504 * 5376, "BLOCK": 4096})):
         constants = {name: value for name, value in (shared | constants).items() if name in kernel.arg_names}

@@ -324,6 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     const float2 sum = *reinterpret_cast<const float2*>(sums + column / 32 + 2 * t);
     // A barrier tells a round from the next one only; who runs ahead waits until it is this round's turn.
     while (*reinterpret_cast<volatile u32*>(current + stage) != number) {
+      __nanosleep(20);  // leaves the multiprocessor to the others
     }
     barrier_wait(filled + stage, round & 1);
     // Column n of B is group n's x, so of a group's product with all of them one column counts.
