@@ -11,6 +11,7 @@ from torch import Tensor
 from gemma4_impl import taps
 from gemma4_impl.checkpoint import Checkpoint
 from gemma4_impl.generate import bytes_per_token, decode_one_token, generate, prefill
+from gemma4_impl.kernels import cuda
 from gemma4_impl.model.decoder import Gemma4
 from gemma4_impl.quant.cpu import _block_rows
 from gemma4_impl.quant.modules import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
@@ -156,13 +157,14 @@ def test_a_quantized_table_of_per_layer_inputs(folder):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_device_without_a_packer(folder, variant, dtype):
-    """Runs on the codes as they are."""
+def test_on_a_gpu(folder, variant, dtype):
+    """By kernels of ours on Hopper in bfloat16, else on the codes as they are."""
     expected, routing = truth(folder(variant), dtype)
     quantized = Gemma4.from_weights(OnTheFly(folder(variant), choose), dtype, "cuda")
     dense = Gemma4.from_weights(Dequantized(folder(variant), choose), dtype, "cuda")
     packed = [module for module in quantized.modules() if isinstance(module, PackedWeight)]
-    assert {(weight.kernel, weight.device.type) for weight in packed} == {("dequantize", "cuda")}
+    kernels = {"int4tile", "dequantize"} if cuda.available() and dtype == torch.bfloat16 else {"dequantize"}
+    assert {(weight.kernel, weight.device.type) for weight in packed} == {(kernel, "cuda") for kernel in kernels}
     error, reference = (measure(logits(model, "cached", routing), expected).rel_l2 for model in (quantized, dense))
     (check,) = check_total(error, [reference], dtype).values()
     assert not check.red, check
