@@ -161,3 +161,5 @@ def test_linears_compile_for_hopper(bits: int, group: int, zero: bool, experts: 
         compiled = triton.compile(source, target=HOPPER, options={"num_warps": 4})
         assert compiled.metadata.shared <= 48 << 10
         assert "ld.global" in compiled.asm["ptx"]
+        # Codes are multiplied as subnormal numbers, which must not be flushed to zero.
+        assert ".ftz" not in compiled.asm["ptx"]
