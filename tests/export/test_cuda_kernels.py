@@ -21,7 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from gemma4_impl.kernels import cuda  # noqa: E402
 from gemma4_impl.kernels.int4_linear import operators as linears  # noqa: E402
-from gemma4_impl.kernels.int4_linear.triton import dequantize_kernel, matvec_kernel  # noqa: E402
+from gemma4_impl.kernels.int4_linear.triton import codes_of_unit, config, dequantize_kernel, matvec_kernel  # noqa: E402
 from gemma4_impl.kernels.sdpa import operators as attention  # noqa: E402
 from gemma4_impl.kernels.sdpa import triton as sdpa  # noqa: E402
 
@@ -136,7 +136,8 @@ def test_prefill_is_one_kernel(ring: bool, hopper) -> None:
 def test_linears_compile_for_hopper(bits: int, group: int, zero: bool, experts: bool) -> None:
     """At the sizes of the 31B: without spilling more shared memory than a block has."""
     pointers = {"x_ptr": "*bf16", "scale_ptr": "*bf16", "out_ptr": "*bf16", "codes_ptr": "*u8" if bits == 4 else "*i8"}
-    log_codes = 3 if bits == 4 else 2
+    codes = codes_of_unit(bits, group)
+    block_n, block_u, warps = config(21504, 5376 // codes)
     shared = {"GROUP": group, "BITS": bits, "OFFSET": 8, "ZERO": zero, "zero_ptr": None, "experts_ptr": None}
     pointers |= {"zero_ptr": "*bf16"} if zero else {}
     pointers |= {"experts_ptr": "*i64"} if experts else {}
@@ -145,9 +146,9 @@ def test_linears_compile_for_hopper(bits: int, group: int, zero: bool, experts: 
         "K": 5376,
         "X_STRIDE": 0,
         "EXPERTS": experts,
-        "LOG_CODES": log_codes,
-        "BLOCK_N": 8,
-        "BLOCK_U": 128,
+        "LOG_CODES": codes.bit_length() - 1,
+        "BLOCK_N": block_n,
+        "BLOCK_U": block_u,
     }
     for kernel, constants in ((matvec_kernel, sizes), (dequantize_kernel, {"SIZE": 21504 * 5376, "BLOCK": 4096})):
         constants = {name: value for name, value in (shared | constants).items() if name in kernel.arg_names}
@@ -158,7 +159,7 @@ def test_linears_compile_for_hopper(bits: int, group: int, zero: bool, experts: 
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
             attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers if n in kernel.arg_names},
         )
-        compiled = triton.compile(source, target=HOPPER, options={"num_warps": 4})
+        compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps if kernel is matvec_kernel else 4})
         assert compiled.metadata.shared <= 48 << 10
         assert "ld.global" in compiled.asm["ptx"]
         # Codes are multiplied as subnormal numbers, which must not be flushed to zero.

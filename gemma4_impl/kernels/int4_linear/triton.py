@@ -60,7 +60,6 @@ def matvec_kernel(
         x = tl.load(x_ptr + slot * X_STRIDE + at * CODES + j[None, :], at < UNITS, 0.0).to(tl.float32)
         # This also makes a lane load single units, each with the x of its codes.
         at = tl.minimum(at, UNITS - 1)
-        group = row * GROUPS + at * CODES // GROUP
         unit = next_unit.to(tl.uint32, bitcast=WORDS)
         scale = 1.0 if ONCE else next_scale.to(tl.float32)
         later = tl.minimum(at + BLOCK_U, UNITS - 1)
@@ -79,7 +78,8 @@ def matvec_kernel(
         dot = tl.sum(code * (x * power)[:, None, :], axis=2) * 2.0**85
         acc += scale * (dot if EXACT else dot - sum_x * excess)
         if ZERO:
-            acc += tl.load(zero_ptr + matrix * GROUPS + group).to(tl.float32) * sum_x
+            zero = tl.load(zero_ptr + matrix * GROUPS + row * GROUPS + at * CODES // GROUP)
+            acc += zero.to(tl.float32) * sum_x
     out = tl.sum(acc, axis=0)
     if ONCE:
         out *= tl.load(scale_ptr + n, inside, 0.0).to(tl.float32)
