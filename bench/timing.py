@@ -116,6 +116,9 @@ def _device_sampler(runs: Sequence[Callable[[], Any]]) -> Sampler:
     except Exception:
         # Some calls may not be captured (they synchronize, say): their launches are then part of the time.
         torch.cuda.synchronize()
+        # After a capture that failed, torch draws no random numbers until one has succeeded.
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
 
         def replay() -> None:
             for i in range(count):

@@ -91,6 +91,23 @@ def test_a_real_head_gives_the_same_bits_a_thousand_times():
     assert int(wrong) == 0
 
 
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("M", [8, 16])
+def test_few_tokens_give_the_same_bits_a_thousand_times(M, group):
+    """A tile's room is given back while it is being multiplied, and blocks of threads add up what others leave."""
+    weights = [CudaWeight(on_gpu(i, 5376, 8192, 4, group, True, 8), BF16).matrix() for i in range(4)]
+    x = normal(M, 8192, seed=0, dtype=BF16, device="cuda")
+    outs = [torch.empty(M, 5376, dtype=BF16, device="cuda") for _ in weights]
+    wrong, first = torch.zeros((), device="cuda"), None
+    for _ in range(250):
+        for weight, out in zip(weights, outs, strict=True):
+            few.few(weight, x, out)
+        first = first or [out.clone() for out in outs]
+        for out, expected in zip(outs, first, strict=True):
+            wrong += (out != expected).any()
+    assert int(wrong) == 0
+
+
 def test_rows_dequantized_are_the_naive_ones_bit_for_bit():
     for bits, group, zero, offset in FORMATS:
         weight = on_gpu(3, 80, 1280, bits, group, zero, offset)
@@ -158,21 +175,23 @@ def test_experts_are_chosen_on_the_device(rows):
     )
 
 
-def test_a_chain_in_a_graph_is_what_single_launches_give():
+@pytest.mark.parametrize("M", [1, 8, 16])
+def test_a_chain_in_a_graph_is_what_single_launches_give(M):
     """Each kernel starts before the one ahead has ended: what it reads too early would differ."""
-    weights = [CudaWeight(on_gpu(i, 1024, 1024, 4, 32, False, 8), BF16) for i in range(6)]
-    x = normal(1, 1024, seed=0, dtype=BF16, device="cuda")
-    buffers = [torch.zeros(1, 1024, dtype=BF16, device="cuda") for _ in range(7)]
+    weights = [CudaWeight(on_gpu(i, 1024, 1024, 4, 32, False, 8), BF16).matrix() for i in range(6)]
+    x = normal(M, 1024, seed=0, dtype=BF16, device="cuda")
+    buffers = [torch.zeros(M, 1024, dtype=BF16, device="cuda") for _ in range(7)]
+    linear = matvec.matvec if M == 1 else few.few
 
     def chain() -> None:
         for i, weight in enumerate(weights):
-            fused_linear(weight, buffers[i], buffers[i + 1])
+            linear(weight, buffers[i], buffers[i + 1])
 
     buffers[0].copy_(x)
     expected = x
     for weight in weights:
         out = torch.empty_like(expected)
-        fused_linear(weight, expected, out)
+        linear(weight, expected, out)
         torch.cuda.synchronize()
         expected = out
     chain()

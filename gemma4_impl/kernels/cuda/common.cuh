@@ -91,6 +91,16 @@ DEVICE bool barrier_try(u64* barrier, u32 parity) {
       : "memory");
   return done;
 }
+// The same at once, where `barrier_try` may wait for a while.
+DEVICE bool barrier_test(u64* barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done;
+}
 DEVICE void barrier_wait(u64* barrier, u32 parity) {
   while (!barrier_try(barrier, parity)) {
   }

@@ -1,15 +1,15 @@
 // 2 to 16 tokens times four-bit weights, and weights back to bfloat16. See matvec.cu for the tiles.
 //
-// A block of threads takes two tiles each of sixteen row blocks at a time, a row block for each of its warps, together
-// with the same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that
-// sixteen row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others
-// leave.
+// A block of threads takes two tiles each of twelve row blocks at a time, a row block for each of its warps, together with
+// the same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that
+// twelve row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others
+// leave. Each warp has a ring of its own for tiles; x and its sums go through one that all of them read.
 //
 // The tensor cores multiply with 128 + nibble, and each group's product is scaled in float32. What is too much, and the
 // zeros, are a small product of their own: scales (or zeros) times the sums of x over the groups, which one warp makes.
 #include "common.cuh"
 
-constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 16, WARPS = BLOCKS;
+constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 12, WARPS = BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
@@ -17,17 +17,21 @@ constexpr int SPAN = 2;                               // columns of tiles in a s
 constexpr int X_ROW = SPAN * CODES + 32;              // padded against bank conflicts
 constexpr int TOKENS = 8 * WIDE;                      // WIDE: 1 for up to 8 tokens, 2 for up to 16
 constexpr int SUMS = SPAN * TOKENS * 4 * 8;           // bytes: upper and lower halves for two groups each
-constexpr int STAGE = BLOCKS * SPAN * TILE + TOKENS * X_ROW * 2 + SUMS * (1 + ZERO);
-constexpr int COPIER = WARPS, SUMMER = WARPS + 1;
+constexpr int STAGES = 2, X_STAGES = 4;               // of the rings
+constexpr int STAGE = SPAN * TILE;                    // of a warp
+constexpr int X_STAGE = TOKENS * X_ROW * 2 + SUMS * (1 + ZERO);
+constexpr int LEAD = 4;                               // stages that are not yet asked for when the next kernel may start
+constexpr int COPIER = WARPS, X_COPIER = WARPS + 1, SUMMER = WARPS + 2, THREADS = (WARPS + 3) * 32;
 
 struct Arguments {
   const u8* weight;
   const bf16* x;   // [M, K]
   bf16* out;       // [M, N]
-  float* partials; // [blocks, 512 lanes, 4 WIDE]
+  float* partials; // [blocks, BLOCKS * 32, 4 WIDE]
   u32* flags;      // [blocks], zero between launches
-  int m, n, k, columns, row_blocks, stages;
-  float offset;     // what 128 + nibble is too much, as a factor of the sum of x
+  int m, n, k, columns, row_blocks;
+  u32 zero;        // 0, which the compiler does not know
+  float offset;    // what 128 + nibble is too much, as a factor of the sum of x
 };
 
 // The bfloat16 numbers 128 + nibble, as the tensor cores take them
@@ -36,28 +40,29 @@ DEVICE void widen(u32 word, u32 (&w)[4]) {
   for (int i = 0; i < 4; ++i) w[i] = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
 }
 
-// A tile's scales as the tensor cores' A: 16 rows x 8 groups, twice
-DEVICE void scales_as_matrix(const u8* at, u32 (&a)[4]) {
-  const int lane = lane_id();
+// A tile's scales (or zeros): of rows g and g + 8, in chunk `chunk` and in those of lane t
+DEVICE uint2 scales_at(const u8* at, int chunk) {
+  const int g = lane_id() / 4;
+  if constexpr (GROUP == 32) return reinterpret_cast<const uint2*>(at)[g * 4 + chunk];
+  return {reinterpret_cast<const u32*>(at)[GROUP == 64 ? g * 4 + chunk : g * 2 + chunk / 2], 0};
+}
+
+// As the tensor cores' A: 16 rows x 8 groups, twice
+DEVICE void scales_as_matrix(uint2 mine, u32 (&a)[4]) {
   if constexpr (GROUP == 32) {
-    const uint2 both = reinterpret_cast<const uint2*>(at)[lane];
-    a[0] = a[2] = both.x, a[1] = a[3] = both.y;
+    a[0] = a[2] = mine.x, a[1] = a[3] = mine.y;
   } else {
-    const u32 both = reinterpret_cast<const u32*>(at)[GROUP == 64 ? lane : lane / 4 * 2 + lane % 4 / 2];
-    a[0] = a[2] = __byte_perm(both, 0, 0x1010), a[1] = a[3] = __byte_perm(both, 0, 0x3232);
+    a[0] = a[2] = __byte_perm(mine.x, 0, 0x1010), a[1] = a[3] = __byte_perm(mine.x, 0, 0x3232);
   }
 }
 
-// Scales of rows g and g + 8 in chunk `chunk` of a tile: [half][row]
-DEVICE void scales_of(const u8* at, int chunk, float (&s)[2][2]) {
-  const int g = lane_id() / 4;
+// Of a chunk: [half][row]
+DEVICE void scales_of(uint2 both, float (&s)[2][2]) {
   if constexpr (GROUP == 32) {
-    const uint2 both = reinterpret_cast<const uint2*>(at)[g * 4 + chunk];
     s[0][0] = low_float(both.x), s[1][0] = high_float(both.x);
     s[0][1] = low_float(both.y), s[1][1] = high_float(both.y);
   } else {
-    const u32 both = reinterpret_cast<const u32*>(at)[GROUP == 64 ? g * 4 + chunk : g * 2 + chunk / 2];
-    s[0][0] = s[1][0] = low_float(both), s[0][1] = s[1][1] = high_float(both);
+    s[0][0] = s[1][0] = low_float(both.x), s[0][1] = s[1][1] = high_float(both.x);
   }
 }
 
@@ -77,13 +82,16 @@ DEVICE void arrive_when_copied(u64* barrier) {
 
 DEVICE void barrier_of(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 shared[];
   const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-  u64* filled = reinterpret_cast<u64*>(shared + a.stages * STAGE);
-  u64* x_filled = filled + a.stages;
-  u64* summed = x_filled + a.stages;
-  u64* emptied = summed + a.stages;
+  u8* ring = shared;                            // [STAGES, BLOCKS, STAGE]
+  u8* x_ring = ring + STAGES * BLOCKS * STAGE;  // [X_STAGES, X_STAGE]
+  u64* filled = reinterpret_cast<u64*>(x_ring + X_STAGES * X_STAGE);
+  u64* emptied = filled + STAGES * BLOCKS;
+  u64* x_filled = emptied + STAGES * BLOCKS;
+  u64* summed = x_filled + X_STAGES;
+  u64* x_emptied = summed + X_STAGES;
   const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
   const int spans = (a.columns + SPAN - 1) / SPAN;
   const i64 total = i64{tall} * spans;
@@ -91,54 +99,58 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
   const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
 
   if (warp == COPIER) {
-    for (int s = lane; s < a.stages; s += 32) {
-      barrier_init(filled + s, 1), barrier_init(x_filled + s, 32);
-      barrier_init(summed + s, 32), barrier_init(emptied + s, WARPS);
-    }
+    for (int s = lane; s < STAGES * BLOCKS; s += 32) barrier_init(filled + s, 1), barrier_init(emptied + s, 1);
+    if (lane < X_STAGES)
+      barrier_init(x_filled + lane, 32), barrier_init(summed + lane, 32), barrier_init(x_emptied + lane, WARPS);
     barrier_init_fence();
   }
-  for (int s = 0; s < a.stages; ++s)
+  for (int s = 0; s < X_STAGES; ++s)
     for (int i = threadIdx.x; i < TOKENS * X_ROW / 8; i += blockDim.x)
-      reinterpret_cast<uint4*>(shared + s * STAGE + BLOCKS * SPAN * TILE)[i] = {0, 0, 0, 0};
+      reinterpret_cast<uint4*>(x_ring + s * X_STAGE)[i] = {0, 0, 0, 0};
   __syncthreads();
 
   if (warp == COPIER) {
-    const auto fetch_weights = [&](int unit, int stage) {
-      const int block = unit / spans * BLOCKS, column = unit % spans * SPAN;
-      const int blocks = min(BLOCKS, a.row_blocks - block), bytes = min(SPAN, a.columns - column) * TILE;
-      if (lane == 0) barrier_expect(filled + stage, blocks * bytes);
-      __syncwarp();
-      if (lane < blocks)
-        copy_bulk(shared + stage * STAGE + lane * SPAN * TILE, a.weight + (i64{block + lane} * a.columns + column) * TILE,
-                  bytes, filled + stage);
-    };
-    const auto fetch_x = [&](int unit, int stage) {
+    // A lane for each warp, so that none waits for another's room. A barrier's phase before its first counts as over.
+    const int trigger = max(first + 1, last - LEAD);
+    for (int unit = lane < BLOCKS ? first : last, stage = 0, parity = 1; __any_sync(0xffffffffu, unit < last);) {
+      u64* barrier = filled + stage * BLOCKS + lane;
+      const bool go = unit < last && barrier_test(emptied + stage * BLOCKS + lane, parity);
+      if (go) {
+        const int block = unit / spans * BLOCKS + lane, column = unit % spans * SPAN;
+        if (block < a.row_blocks) {
+          const int bytes = min(SPAN, a.columns - column) * TILE;
+          barrier_expect(barrier, bytes);
+          copy_bulk(ring + (stage * BLOCKS + lane) * STAGE, a.weight + (i64{block} * a.columns + column) * TILE, bytes,
+                    barrier);
+        } else {
+          barrier_arrive(barrier);
+        }
+        if (++unit == trigger && lane == 0) grid_trigger();
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+      if (!__any_sync(0xffffffffu, go)) __nanosleep(20);
+    }
+    return;
+  }
+  grid_wait();
+  if (warp == X_COPIER) {
+    for (int unit = first, stage = 0, parity = 1; unit < last; ++unit) {
+      barrier_wait(x_emptied + stage, parity);
       const int column = unit % spans * SPAN * CODES;
-      bf16* to = reinterpret_cast<bf16*>(shared + stage * STAGE + BLOCKS * SPAN * TILE);
+      bf16* to = reinterpret_cast<bf16*>(x_ring + stage * X_STAGE);
       for (int m = 0; m < a.m; ++m)
 #pragma unroll
         for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8)
           if (column + i < a.k) copy_async(to + m * X_ROW + i, a.x + i64{m} * a.k + column + i);
       arrive_when_copied(x_filled + stage);
-    };
-    for (int i = 0; i < min(a.stages, last - first); ++i) fetch_weights(first + i, i);
-    grid_wait();
-    for (int i = 0; i < min(a.stages, last - first); ++i) fetch_x(first + i, i);
-    for (int unit = first + a.stages, stage = 0, parity = 0; unit < last; ++unit) {
-      barrier_wait(emptied + stage, parity);
-      fetch_weights(unit, stage);
-      fetch_x(unit, stage);
-      if (++stage == a.stages) stage = 0, parity ^= 1;
+      if (++stage == X_STAGES) stage = 0, parity ^= 1;
     }
-    grid_trigger();
+    asm volatile("cp.async.wait_all;" ::: "memory");
     return;
   }
-  grid_wait();
-  const auto x_of = [&](int stage) {
-    return reinterpret_cast<const bf16*>(shared + stage * STAGE + BLOCKS * SPAN * TILE);
-  };
+  const auto x_of = [&](int stage) { return reinterpret_cast<const bf16*>(x_ring + stage * X_STAGE); };
   const auto sums_of = [&](int stage) {
-    return reinterpret_cast<uint2*>(shared + stage * STAGE + BLOCKS * SPAN * TILE + TOKENS * X_ROW * 2);
+    return reinterpret_cast<uint2*>(x_ring + stage * X_STAGE + TOKENS * X_ROW * 2);
   };
 
   if (warp == SUMMER) {
@@ -163,46 +175,64 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
         if constexpr (ZERO) sums_of(stage)[SUMS / 8 + to] = halves_of(sum[0], sum[1]);
       }
       barrier_arrive(summed + stage);
-      if (++stage == a.stages) stage = 0, parity ^= 1;
+      if (++stage == X_STAGES) stage = 0, parity ^= 1;
     }
     return;
   }
 
   // Of eight bits, lanes 0 and 1 have high nibbles, which count 16 times.
   const u32 times = SPLIT && t < 2 ? 0x41804180u : 0x3f803f80u;
-  int stage = 0, parity = 0;
+  int stage = 0, parity = 0, x_stage = 0, x_parity = 0;
   for (int unit = first; unit < last;) {
     const int group = unit / spans, begin = unit, end = min(last, (group + 1) * spans);
     float c[WIDE][4] = {};
     for (; unit < end; ++unit) {
-      barrier_wait(filled + stage, parity);
-      barrier_wait(x_filled + stage, parity);
-      barrier_wait(summed + stage, parity);
+      barrier_wait(x_filled + x_stage, x_parity);
+      barrier_wait(summed + x_stage, x_parity);
+      barrier_wait(filled + stage * BLOCKS + warp, parity);
+      const int tiles = min(SPAN, a.columns - unit % spans * SPAN);
 #pragma unroll
       for (int at = 0; at < SPAN; ++at) {
-        if (unit % spans * SPAN + at >= a.columns) break;
-        const u8* data = shared + stage * STAGE + (warp * SPAN + at) * TILE;
-        const bf16* x = x_of(stage) + at * CODES;
+        if (at >= tiles) break;
+        const u8* data = ring + (stage * BLOCKS + warp) * STAGE + at * TILE;
+        const bf16* x = x_of(x_stage) + at * CODES;
+        uint4 words[4];
+        uint2 scales[4], zeros;
+#pragma unroll
+        for (int chunk = 0; chunk < 4; ++chunk) {
+          words[chunk] = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
+          scales[chunk] = scales_at(data + 2048, chunk);
+        }
+        if (ZERO) zeros = scales_at(data + 2048 + SCALES, t);
+        if (at + 1 == tiles) {
+          // The room is given back as soon as all of it is in registers. The ballot, 0, needs every lane's: a load that was
+          // only issued could be overtaken by the copy that refills the room.
+          u32 loaded = words[0].x | words[1].x | words[2].x | words[3].x;
+          loaded |= scales[0].x | scales[1].x | scales[2].x | scales[3].x;
+          if (ZERO) loaded |= zeros.x;
+          const u32 none = __ballot_sync(0xffffffffu, loaded & a.zero);
+          if (lane == 0) barrier_arrive(emptied + stage * BLOCKS + warp + none);
+        }
 #pragma unroll
         for (int i = 0; i < 1 + ZERO; ++i) {
           u32 s[4];
-          scales_as_matrix(data + 2048 + i * SCALES, s);
+          const uint2 low = t & 1 ? scales[1] : scales[0], high = t & 1 ? scales[3] : scales[2];
+          scales_as_matrix(i ? zeros : t & 2 ? high : low, s);
 #pragma unroll
           for (int n = 0; n < WIDE; ++n) {
-            const uint2 sum = sums_of(stage)[i * (SUMS / 8) + (at * TOKENS + n * 8) * 4 + lane];
+            const uint2 sum = sums_of(x_stage)[i * (SUMS / 8) + (at * TOKENS + n * 8) * 4 + lane];
             mma(c[n], s, {sum.x, sum.y});
           }
         }
 #pragma unroll
         for (int chunk = 0; chunk < 4; ++chunk) {
-          const uint4 words = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
           float s[2][2];
-          scales_of(data + 2048, chunk, s);
+          scales_of(scales[chunk], s);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             u32 w[2][4];
-            widen(half ? words.z : words.x, w[0]);
-            widen(half ? words.w : words.y, w[1]);
+            widen(half ? words[chunk].z : words[chunk].x, w[0]);
+            widen(half ? words[chunk].w : words[chunk].y, w[1]);
             const int column = SPLIT ? (chunk * 2 + half) * 16 + t % 2 * 8 : chunk * 64 + half * 32 + t * 8;
 #pragma unroll
             for (int n = 0; n < WIDE; ++n) {
@@ -221,34 +251,38 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) few(const __gr
         }
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(emptied + stage);
-      if (++stage == a.stages) stage = 0, parity ^= 1;
+      if (lane == 0) barrier_arrive(x_emptied + x_stage);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+      if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
     }
-    const int mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
+    const i64 mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
     if (begin > group * spans) {  // another block has the first columns
 #pragma unroll
       for (int i = 0; i < WIDE; ++i)
-        reinterpret_cast<float4*>(a.partials)[i64{mine} * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
-      __threadfence();
+        reinterpret_cast<float4*>(a.partials)[mine * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
       barrier_of(2, BLOCKS * 32);
-      if (threadIdx.x == 0)
-        store_release(a.flags + blockIdx.x, 1);
+      if (threadIdx.x == 0) store_release(a.flags + blockIdx.x, 1);
       continue;
     }
-    int reached = end;
-    for (int other = blockIdx.x + 1; reached < (group + 1) * spans; ++other) {
-      while (!load_acquire(a.flags + other)) {
+    // Those who have the rest are asked all at once, and then read: one by one, each would take two trips to the L2.
+    int others = 0;
+    for (i64 reached = end; reached < (group + 1) * spans; ++others)
+      reached = total * (blockIdx.x + others + 2) / gridDim.x;
+    if (threadIdx.x < others) {
+      u32* flag = a.flags + blockIdx.x + 1 + threadIdx.x;
+      while (!load_acquire(flag)) {
       }
+      *flag = 0;
+    }
+    if (others) barrier_of(2, BLOCKS * 32);
+#pragma unroll 4
+    for (int other = 0; other < others; ++other)
 #pragma unroll
       for (int i = 0; i < WIDE; ++i) {
-        const float4 more = __ldcg(reinterpret_cast<const float4*>(a.partials) +
-                                   (i64{other} * BLOCKS * 32 + threadIdx.x) * WIDE + i);
+        const i64 from = mine + (1 + other) * BLOCKS * 32;
+        const float4 more = __ldcg(reinterpret_cast<const float4*>(a.partials) + from * WIDE + i);
         c[i][0] += more.x, c[i][1] += more.y, c[i][2] += more.z, c[i][3] += more.w;
       }
-      barrier_of(2, BLOCKS * 32);
-      if (threadIdx.x == 0) a.flags[other] = 0;
-      reached = static_cast<int>(total * (other + 1) / gridDim.x);
-    }
 #pragma unroll
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
@@ -273,8 +307,8 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_rows(const u8* tile
 #pragma unroll
   for (int chunk = 0; chunk < 4; ++chunk) {
     float s[2][2], z[2][2] = {};
-    scales_of(data + 2048, chunk, s);
-    if constexpr (ZERO) scales_of(data + 2048 + SCALES, chunk, z);
+    scales_of(scales_at(data + 2048, chunk), s);
+    if constexpr (ZERO) scales_of(scales_at(data + 2048 + SCALES, chunk), z);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 pairs[2] = {half ? words[chunk].z : words[chunk].x, half ? words[chunk].w : words[chunk].y};

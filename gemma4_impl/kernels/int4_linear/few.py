@@ -13,8 +13,8 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-_BLOCKS, _SPAN, _SHARED = 16, 2, 208 << 10
-"""Row blocks and tiles of each at a time, as in few.cu; bytes of shared memory."""
+_BLOCKS, _SPAN, _STAGES, _X_STAGES = 12, 2, 2, 4
+"""Row blocks and tiles of each at a time, and stages of the rings, as in few.cu."""
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
@@ -22,7 +22,8 @@ _SLICE_BYTES = 48 << 20
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials", "flags")),
-        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "stages")),
+        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks")),
+        ("zero", ctypes.c_uint32),
         ("offset", ctypes.c_float),
     ]
 
@@ -35,9 +36,8 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     blocks = min(cuda.multiprocessors(x.device), units)
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
-    stage = _BLOCKS * _SPAN * weight.tile_bytes + 8 * wide * (_SPAN * codes + 32) * 2
-    stage += _SPAN * 8 * wide * 32 * (1 + weight.has_zero)
-    stages = min(_SHARED // (stage + 32), -(-units // blocks))
+    stage = _BLOCKS * (_SPAN * weight.tile_bytes + 16)
+    x_stage = 8 * wide * (_SPAN * codes + 32) * 2 + _SPAN * 8 * wide * 32 * (1 + weight.has_zero) + 24
     partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
@@ -50,11 +50,11 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         k=weight.K,
         columns=columns,
         row_blocks=row_blocks,
-        stages=stages,
         offset=weight.excess,
     )
     function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
-    function(blocks, (_BLOCKS + 2) * 32, [arguments], shared=stages * (stage + 32), overlap=overlap)
+    shared = _STAGES * stage + _X_STAGES * x_stage
+    function(blocks, (_BLOCKS + 3) * 32, [arguments], shared=shared, overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:

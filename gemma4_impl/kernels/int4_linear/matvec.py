@@ -14,9 +14,10 @@ SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
 LEAD = 24
 """Stages that a block of threads has not yet asked for when the next kernel may start."""
-_SHARED, _ALONE = 108 << 10, 116 << 10
-"""Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; and that
-no two blocks of one kernel find."""
+_SHARED, _SHARED_LONG, _ALONE = 108 << 10, 113 << 10, 116 << 10
+"""Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; where x
+takes much of them, `_LONG` bytes or more; and that no two blocks of one kernel find."""
+_LONG = 32 << 10
 _MOST_TILES = 512
 _ACTS = {None: 0, "gelu_mul": 1, "gelu": 2}
 _MOST_NORMED = 8192
@@ -74,9 +75,11 @@ def matvec(
     blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
     most_tiles = -(-tiles // blocks)
     most_blocks = most_tiles // columns + 2
-    shared = x_rows * columns * (256 * 2 + 8 * 4) + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
+    x_bytes = x_rows * columns * (256 * 2 + 8 * 4)
+    shared = x_bytes + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
     stage = SPAN * weight.tile_bytes + 20
-    stages = max(2, min((_SHARED - shared) // stage, -(-most_tiles // SPAN)))
+    room = _SHARED_LONG if x_bytes >= _LONG else _SHARED
+    stages = max(2, min((room - shared) // stage, -(-most_tiles // SPAN)))
     defines = {
         **weight.defines,
         "NORM": int(norm is not None),
