@@ -15,6 +15,7 @@ constexpr int COPIER = WARPS, ADDER = WARPS + 1, THREADS = (WARPS + 2) * 32;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int HELD = (1024 + THREADS - 1) / THREADS;  // vectors of 8 that a thread holds while x is normed: 8192 columns
+constexpr int BATCH = 6;                              // and that it loads at once, if not
 
 struct Arguments {
   const u8* weight;
@@ -110,8 +111,12 @@ DEVICE void add_up(const Arguments& a, const float* parts, u64* added, int first
       if (lane == 0) a.flags[blockIdx.x + 1] = 0;
     }
     barrier_wait(added + block - first_block, 0);
-#pragma unroll 4
-    for (int i = begin - first + lane / ROWS; i < end - first; i += 2) y += parts[i * ROWS + row];
+    float more[8] = {};
+    for (int i = begin - first + lane / ROWS; i < end - first; i += 16)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (i + 2 * j < end - first) more[j] += parts[(i + 2 * j) * ROWS + row];
+    y += ((more[0] + more[1]) + (more[2] + more[3])) + ((more[4] + more[5]) + (more[6] + more[7]));
     y += __shfl_xor_sync(0xffffffffu, y, ROWS);
     if (begin > block * a.tiles_per_block) {  // it began in the block before, which adds this to its own
       if (lane < ROWS) a.partials[blockIdx.x * ROWS + row] = y;
@@ -156,8 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
   u64* filled = reinterpret_cast<u64*>(scratch + THREADS / 32);
   u64* emptied = filled + a.stages;
   u64* added = emptied + a.stages;                          // per row block
-  u64* x_filled = added + a.most_blocks;
-  u32* current = reinterpret_cast<u32*>(x_filled + 1);      // what each stage holds, or will
+  u32* current = reinterpret_cast<u32*>(added + a.most_blocks);      // what each stage holds, or will
   u32* taken = current + a.stages;
 
   const i64 total = i64{a.slots} * a.row_blocks * a.tiles_per_block;
@@ -189,7 +193,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     for (int s = lane; s < a.stages; s += 32) barrier_init(filled + s, 1), barrier_init(emptied + s, SPAN);
     for (int b = first_block + lane; b < end_block; b += 32)
       barrier_init(added + b - first_block, min(last, (b + 1) * a.tiles_per_block) - max(first, b * a.tiles_per_block));
-    if (lane == 0) barrier_init(x_filled, 1);
     barrier_init_fence();
     __syncwarp();
     if (lane == 0) {
@@ -197,12 +200,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
       *taken = WARPS;
     }
   }
-  const int used = SPLIT ? a.k * 2 : a.k;  // with SPLIT, k is a multiple of 16
-  for (int row = 0; row < x_rows; ++row)
-    for (int i = used + threadIdx.x; i < width; i += THREADS) xs[row * width + i] = 0;
 
-  // 1. x, normed or not, into shared memory
-  const int vectors = a.k / 8;
+  // 1. x, normed or not, into shared memory, with zeros up to whole tiles; and its sums
+  const int vectors = a.k / 8, places = width / (SPLIT ? 16 : 8);
+  constexpr int PER_SUM = SPLIT ? 2 : 4;
+  const auto put = [&](int row, int v, const uint4& x) {  // by whole warps, each lane the next v
+    float f[8];
+    unpack(x, f);
+    float sum = ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
+#pragma unroll
+    for (int other = 1; other < PER_SUM; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    if (v < places) {
+      place(xs + row * width, v * 8, x);
+      if (v % PER_SUM == 0) sums[row * (width / 32) + v / PER_SUM] = sum;
+    }
+  };
   uint4 norm[HELD], post[HELD];
   const float scalar = ADD && a.scalar ? to_float(*a.scalar) : 1.0f;
   if constexpr (NORM || ADD) {
@@ -252,43 +264,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
       const int v = threadIdx.x + i * THREADS;
-      if (v < vectors) {
-        if (NORM) {
-          float w[8];
-          unpack(norm[i], w);
+      if (NORM && v < vectors) {
+        float w[8];
+        unpack(norm[i], w);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) x[i][j] *= scale * w[j];
-        }
-        place(xs, v * 8, pack(x[i]));
+        for (int j = 0; j < 8; ++j) x[i][j] *= scale * w[j];
       }
+      put(0, v, pack(x[i]));
     }
-    __syncthreads();
-  } else if constexpr (SPLIT) {
-    for (int row = 0; row < x_rows; ++row)
-#pragma unroll 4
-      for (int v = threadIdx.x; v < vectors; v += THREADS)
-        place(xs + row * width, v * 8, reinterpret_cast<const uint4*>(a.x + i64{row} * a.k)[v]);
-    __syncthreads();
   } else {
-    if (threadIdx.x == COPIER * 32) {
-      barrier_expect(x_filled, x_rows * a.k * 2);
-      for (int row = 0; row < x_rows; ++row)
-        for (int at = 0; at < a.k; at += 4096)
-          copy_bulk(xs + row * width + at, a.x + i64{row} * a.k + at, min(4096, a.k - at) * 2, x_filled);
-    }
-    __syncthreads();  // the barrier is there, and so are the zeros
-    barrier_wait(x_filled, 0);
-  }
-  for (int i = threadIdx.x; i < x_rows * width / 32; i += THREADS) {
-    float sum = 0;
+    for (int row = 0; row < x_rows; ++row)
+      for (int from = threadIdx.x; from - lane < places; from += BATCH * THREADS) {
+        uint4 x[BATCH];
 #pragma unroll
-    for (int j = SPLIT ? 2 : 0; j < 4; ++j) {
-      float f[8];
-      unpack(reinterpret_cast<const uint4*>(xs)[i * 4 + j], f);
+        for (int i = 0; i < BATCH; ++i) {
+          const int v = from + i * THREADS;
+          x[i] = v < vectors ? reinterpret_cast<const uint4*>(a.x + i64{row} * a.k)[v] : uint4{0, 0, 0, 0};
+        }
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum += f[e];
-    }
-    sums[i] = sum;
+        for (int i = 0; i < BATCH; ++i)
+          if (from - lane + i * THREADS < places) put(row, from + i * THREADS, x[i]);
+      }
   }
   __syncthreads();
 

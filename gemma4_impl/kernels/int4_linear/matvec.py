@@ -12,7 +12,7 @@ from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
-LEAD = 24
+LEAD = 16
 """Stages that a block of threads has not yet asked for when the next kernel may start."""
 _SHARED, _SHARED_LONG, _ALONE = 108 << 10, 113 << 10, 116 << 10
 """Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; where x
@@ -76,7 +76,7 @@ def matvec(
     most_tiles = -(-tiles // blocks)
     most_blocks = most_tiles // columns + 2
     x_bytes = x_rows * columns * (256 * 2 + 8 * 4)
-    shared = x_bytes + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 16
+    shared = x_bytes + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 8
     stage = SPAN * weight.tile_bytes + 20
     room = _SHARED_LONG if x_bytes >= _LONG else _SHARED
     stages = max(2, min((room - shared) // stage, -(-most_tiles // SPAN)))
