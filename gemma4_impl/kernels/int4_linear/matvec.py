@@ -12,7 +12,7 @@ from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 SOURCE = Path(__file__).with_name("matvec.cu")
 WARPS, SPAN = 14, 2
-LEAD = 16
+LEAD = 24
 """Stages that a block of threads has not yet asked for when the next kernel may start."""
 _SHARED, _SHARED_LONG, _ALONE = 108 << 10, 113 << 10, 116 << 10
 """Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; where x
