@@ -1,5 +1,9 @@
 """Four-bit linears without a GPU: the tiles against the codes they hold, the operator's fake, what compiles."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,3 +163,42 @@ def test_sources_compile_for_hopper(source, defines, tmp_path, monkeypatch):
     code = cuda.compiled(source, defines, "sm_90a")
     assert code == cuda.compiled(source, defines, "sm_90a")
     assert len(list((tmp_path / "cuda").iterdir())) == 1
+
+
+def unread_loads(listing: str) -> list[str]:
+    """Loads from shared memory that nothing has read when a barrier is arrived at: they may still be on their way."""
+    pending, found = [], []
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([^;]*);", listing):
+        name, _, rest = line.partition(" ")
+        operands = rest.split(",")
+        sources = operands if name.startswith(("ST", "SYNCS")) else operands[1:]
+        read = {int(r) for r in re.findall(r"\bR(\d+)", ",".join(sources))}
+        pending = [(load, registers) for load, registers in pending if not registers & read]
+        if name.startswith("SYNCS.ARRIVE"):
+            found += [load for load, _ in pending]
+        if name.startswith("LDS") and (first := re.search(r"R(\d+)", operands[0])):
+            count = {"64": 2, "128": 4}.get(name.rpartition(".")[2], 1)
+            pending.append((line, set(range(int(first[1]), int(first[1]) + count))))
+    return found
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("kernel", ["matvec", "few 1", "few 2"])
+def test_no_load_is_on_its_way_when_its_room_is_given_back(kernel, more, group, tmp_path, monkeypatch):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC")
+    triton = pytest.importorskip("triton", reason="needs Triton's disassembler")
+    monkeypatch.setenv("GEMMA4_CACHE", str(tmp_path))
+    defines = {"GROUP": group, "ZERO": more, "SPLIT": more}
+    if kernel == "matvec":
+        source = MATVEC
+        defines |= {"WARPS": WARPS, "SPAN": SPAN, "NORM": 0, "ADD": 0, "ACT": 0, "OUT_FLOAT": 0, "EXPERTS": 0}
+    else:
+        source, defines = FEW, defines | {"WIDE": int(kernel[-1])}
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    (tmp_path / "x.cubin").write_bytes(cuda.compiled(source, defines, "sm_90a"))
+    command = [tool, "--dump-sass", "--function", source.stem, tmp_path / "x.cubin"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert listing.count("SYNCS.ARRIVE") >= 2
+    assert listing.count("LDS") > 20
+    assert unread_loads(listing) == []
