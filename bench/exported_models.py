@@ -83,7 +83,11 @@ def exported(name: str, context: int) -> Exported:
 
 def prefill_backend() -> Backend:
     return Backend(
-        "gemma4 exported", lambda g: lambda: exported(g.name, g.context).prefill(g), absent=ON_GPU, wall=True
+        "gemma4 exported",
+        lambda g: lambda: exported(g.name, g.context).prefill(g),
+        ours=True,
+        absent=ON_GPU,
+        wall=True,
     )
 
 
@@ -96,4 +100,4 @@ def decode_backend(given: Given) -> Backend:
     def read(_: list[int]) -> Tensor:
         return exported(given.name, given.context).logits(given)
 
-    return Backend("gemma4 exported", prepare, absent=ON_GPU, wall=True, read=read)
+    return Backend("gemma4 exported", prepare, ours=True, absent=ON_GPU, wall=True, read=read)
