@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gemma4_impl.kernels import cuda
 from gemma4_impl.kernels.int4_linear import fused_linear, naive
+from gemma4_impl.kernels.int4_linear.few import SIZES, _slice_rows
 from gemma4_impl.kernels.int4_linear.few import SOURCE as FEW
-from gemma4_impl.kernels.int4_linear.few import _slice_rows
 from gemma4_impl.kernels.int4_linear.matvec import SOURCE as MATVEC
 from gemma4_impl.kernels.int4_linear.matvec import SPAN, WARPS
 from gemma4_impl.model.decoder import MLP
@@ -158,8 +158,7 @@ def test_slices_are_whole_and_bounded(M, K):
 def test_sources_compile_for_hopper(source, defines, tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC")
     monkeypatch.setenv("GEMMA4_CACHE", str(tmp_path))
-    if source == MATVEC:
-        defines = defines | {"WARPS": WARPS, "SPAN": SPAN}
+    defines = defines | ({"WARPS": WARPS, "SPAN": SPAN} if source == MATVEC else SIZES)
     code = cuda.compiled(source, defines, "sm_90a")
     assert code == cuda.compiled(source, defines, "sm_90a")
     assert len(list((tmp_path / "cuda").iterdir())) == 1
@@ -194,7 +193,7 @@ def test_no_load_is_on_its_way_when_its_room_is_given_back(kernel, more, group, 
         source = MATVEC
         defines |= {"WARPS": WARPS, "SPAN": SPAN, "NORM": 0, "ADD": 0, "ACT": 0, "OUT_FLOAT": 0, "EXPERTS": 0}
     else:
-        source, defines = FEW, defines | {"WIDE": int(kernel[-1])}
+        source, defines = FEW, defines | SIZES | {"WIDE": int(kernel[-1])}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     (tmp_path / "x.cubin").write_bytes(cuda.compiled(source, defines, "sm_90a"))
     command = [tool, "--dump-sass", "--function", source.stem, tmp_path / "x.cubin"]

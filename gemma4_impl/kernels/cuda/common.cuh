@@ -116,6 +116,12 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// 16 bytes, of which `copy_wait`, by the same thread, knows.
+DEVICE void copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Tensor cores
 
 // d[16, 8] += a[16, 16] b[16, 8] in float32; the layout of the registers is that of PTX's mma.m16n8k16.

@@ -9,16 +9,17 @@
 // zeros, are a small product of their own: scales (or zeros) times the sums of x over the groups, which one warp makes.
 #include "common.cuh"
 
-constexpr int ROWS = 16, COLUMNS = 256, BLOCKS = 12, WARPS = BLOCKS;
+// GROUP, ZERO, SPLIT: as in matvec.cu. WIDE: 1 for up to 8 tokens, 2 for up to 16. BLOCKS: row blocks at a time. SPAN:
+// columns of tiles in a stage (small copies are slow ones). STAGES, X_STAGES: of the rings.
+
+constexpr int ROWS = 16, COLUMNS = 256, WARPS = BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
-constexpr int SPAN = 2;                               // columns of tiles in a stage: small copies are slow ones
 constexpr int X_ROW = SPAN * CODES + 32;              // padded against bank conflicts
-constexpr int TOKENS = 8 * WIDE;                      // WIDE: 1 for up to 8 tokens, 2 for up to 16
+constexpr int TOKENS = 8 * WIDE;
 constexpr int SUMS = SPAN * TOKENS * 4 * 8;           // bytes: upper and lower halves for two groups each
-constexpr int STAGES = 2, X_STAGES = 4;               // of the rings
-constexpr int STAGE = SPAN * TILE;                    // of a warp
+constexpr int STAGE = SPAN * TILE;                    // of a warp's ring
 constexpr int X_STAGE = TOKENS * X_ROW * 2 + SUMS * (1 + ZERO);
 constexpr int LEAD = 4;                               // stages that are not yet asked for when the next kernel may start
 constexpr int COPIER = WARPS, X_COPIER = WARPS + 1, SUMMER = WARPS + 2, THREADS = (WARPS + 3) * 32;
@@ -40,7 +41,7 @@ DEVICE void widen(u32 word, u32 (&w)[4]) {
   for (int i = 0; i < 4; ++i) w[i] = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
 }
 
-// A tile's scales (or zeros): of rows g and g + 8, in chunk `chunk` and in those of lane t
+// A tile's scales (or zeros) of rows g and g + 8 in a chunk
 DEVICE uint2 scales_at(const u8* at, int chunk) {
   const int g = lane_id() / 4;
   if constexpr (GROUP == 32) return reinterpret_cast<const uint2*>(at)[g * 4 + chunk];
@@ -56,7 +57,7 @@ DEVICE void scales_as_matrix(uint2 mine, u32 (&a)[4]) {
   }
 }
 
-// Of a chunk: [half][row]
+// As factors: [half][row]
 DEVICE void scales_of(uint2 both, float (&s)[2][2]) {
   if constexpr (GROUP == 32) {
     s[0][0] = low_float(both.x), s[1][0] = high_float(both.x);
@@ -72,10 +73,7 @@ DEVICE uint2 halves_of(float x, float y) {
   return {to_bf16x2(high_x, high_y), to_bf16x2(x - high_x, y - high_y)};
 }
 
-DEVICE void copy_async(bf16* shared, const bf16* global) {  // 16 bytes
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
-}
-// Arrives at the barrier when all of this thread's `copy_async` so far have.
+// Arrives at the barrier when all of this thread's `copy16` so far have.
 DEVICE void arrive_when_copied(u64* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -141,11 +139,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
       for (int m = 0; m < a.m; ++m)
 #pragma unroll
         for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8)
-          if (column + i < a.k) copy_async(to + m * X_ROW + i, a.x + i64{m} * a.k + column + i);
+          if (column + i < a.k) copy16(to + m * X_ROW + i, a.x + i64{m} * a.k + column + i);
       arrive_when_copied(x_filled + stage);
       if (++stage == X_STAGES) stage = 0, parity ^= 1;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    copy_wait();
     return;
   }
   const auto x_of = [&](int stage) { return reinterpret_cast<const bf16*>(x_ring + stage * X_STAGE); };

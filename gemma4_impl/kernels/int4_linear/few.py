@@ -13,8 +13,10 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-_BLOCKS, _SPAN, _STAGES, _X_STAGES = 12, 2, 2, 4
-"""Row blocks and tiles of each at a time, and stages of the rings, as in few.cu."""
+BLOCKS, SPAN, STAGES, X_STAGES = 12, 2, 2, 4
+"""Row blocks and tiles of each at a time, and stages of the rings."""
+SIZES = {"BLOCKS": BLOCKS, "SPAN": SPAN, "STAGES": STAGES, "X_STAGES": X_STAGES}
+"""The same as macros of few.cu."""
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
 
@@ -32,13 +34,13 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     """x [M, K] times a matrix -> out [M, N], for M up to 16; all bfloat16 and contiguous."""
     M = len(x)
     row_blocks, columns = weight.tiles.shape[-3:-1]
-    units = -(-row_blocks // _BLOCKS) * -(-columns // _SPAN)
+    units = -(-row_blocks // BLOCKS) * -(-columns // SPAN)
     blocks = min(cuda.multiprocessors(x.device), units)
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
-    stage = _BLOCKS * (_SPAN * weight.tile_bytes + 16)
-    x_stage = 8 * wide * (_SPAN * codes + 32) * 2 + _SPAN * 8 * wide * 32 * (1 + weight.has_zero) + 24
-    partials = torch.empty(blocks, _BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
+    stage = BLOCKS * (SPAN * weight.tile_bytes + 16)
+    x_stage = 8 * wide * (SPAN * codes + 32) * 2 + SPAN * 8 * wide * 32 * (1 + weight.has_zero) + 24
+    partials = torch.empty(blocks, BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
         x=x.data_ptr(),
@@ -52,16 +54,16 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         row_blocks=row_blocks,
         offset=weight.excess,
     )
-    function = cuda.kernel(SOURCE, "few", {**weight.defines, "WIDE": wide})
-    shared = _STAGES * stage + _X_STAGES * x_stage
-    function(blocks, (_BLOCKS + 3) * 32, [arguments], shared=shared, overlap=overlap)
+    function = cuda.kernel(SOURCE, "few", {**weight.defines, **SIZES, "WIDE": wide})
+    shared = STAGES * stage + X_STAGES * x_stage
+    function(blocks, (BLOCKS + 3) * 32, [arguments], shared=shared, overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
     """Rows from `start`, a multiple of 16, as many as `out` [rows, K] bfloat16 takes: scale * (code - offset) + zero in
     float32, rounded once. On the current stream, unless another is named."""
     columns = weight.tiles.shape[-2]
-    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, "WIDE": 1})
+    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, **SIZES, "WIDE": 1})
     tiles = weight.tiles[start // ROWS :]
     args = [tiles, out, columns, len(out), weight.K, weight.offset]
     warps = 8

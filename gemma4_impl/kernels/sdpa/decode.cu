@@ -78,11 +78,6 @@ DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 DEVICE void add_scaled(float4& sum, float f, float4 x) {
   sum.x += f * x.x, sum.y += f * x.y, sum.z += f * x.z, sum.w += f * x.w;
 }
-// 16 bytes, of which `copy_wait` knows.
-DEVICE void copy16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
-}
-DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void prefetch_bulk(const void* global, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
