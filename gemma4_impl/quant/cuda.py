@@ -148,7 +148,7 @@ class CudaWeight(PackedWeight):
     def _scratch(self) -> None:
         # What blocks of threads tell each other of row blocks that they share: flags, always left 0, and sums.
         self.register_buffer(
-            "scratch", torch.zeros(1024, ROWS + 1, dtype=torch.int32, device=self.device), persistent=False
+            "scratch", torch.zeros(1024, 2 * ROWS + 1, dtype=torch.int32, device=self.device), persistent=False
         )
 
     def _fill(self, tiles: Tensor, parts: Sequence[QuantizedTensor]) -> None:

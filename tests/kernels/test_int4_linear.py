@@ -158,14 +158,15 @@ def test_slices_are_whole_and_bounded(M, K):
 def test_sources_compile_for_hopper(source, defines, tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC")
     monkeypatch.setenv("GEMMA4_CACHE", str(tmp_path))
-    defines = defines | ({"WARPS": WARPS, "SPAN": SPAN} if source == MATVEC else SIZES)
+    defines = defines | ({"WARPS": WARPS, "SPAN": SPAN, "HELD": 2} if source == MATVEC else SIZES)
     code = cuda.compiled(source, defines, "sm_90a")
     assert code == cuda.compiled(source, defines, "sm_90a")
     assert len(list((tmp_path / "cuda").iterdir())) == 1
 
 
 def unread_loads(listing: str) -> list[str]:
-    """Loads from shared memory that nothing has read when a barrier is arrived at: they may still be on their way."""
+    """Loads from shared memory that nothing has read when a barrier is arrived at or a copy is asked for: they may still
+    be on their way."""
     pending, found = [], []
     for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([^;]*);", listing):
         name, _, rest = line.partition(" ")
@@ -173,7 +174,7 @@ def unread_loads(listing: str) -> list[str]:
         sources = operands if name.startswith(("ST", "SYNCS")) else operands[1:]
         read = {int(r) for r in re.findall(r"\bR(\d+)", ",".join(sources))}
         pending = [(load, registers) for load, registers in pending if not registers & read]
-        if name.startswith("SYNCS.ARRIVE"):
+        if name.startswith(("SYNCS.ARRIVE", "UBLKCP")):
             found += [load for load, _ in pending]
         if name.startswith("LDS") and (first := re.search(r"R(\d+)", operands[0])):
             count = {"64": 2, "128": 4}.get(name.rpartition(".")[2], 1)
@@ -191,7 +192,8 @@ def test_no_load_is_on_its_way_when_its_room_is_given_back(kernel, more, group, 
     defines = {"GROUP": group, "ZERO": more, "SPLIT": more}
     if kernel == "matvec":
         source = MATVEC
-        defines |= {"WARPS": WARPS, "SPAN": SPAN, "NORM": 0, "ADD": 0, "ACT": 0, "OUT_FLOAT": 0, "EXPERTS": 0}
+        defines |= {"WARPS": WARPS, "SPAN": SPAN, "HELD": 1}
+        defines |= {"NORM": 0, "ADD": 0, "ACT": 0, "OUT_FLOAT": 0, "EXPERTS": 0}
     else:
         source, defines = FEW, defines | SIZES | {"WIDE": int(kernel[-1])}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -199,5 +201,6 @@ def test_no_load_is_on_its_way_when_its_room_is_given_back(kernel, more, group, 
     command = [tool, "--dump-sass", "--function", source.stem, tmp_path / "x.cubin"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert listing.count("SYNCS.ARRIVE") >= 2
+    assert listing.count("UBLKCP") >= 2
     assert listing.count("LDS") > 20
     assert unread_loads(listing) == []

@@ -43,6 +43,21 @@ DEVICE u32 lop3(u32 a, u32 b, u32 c) {
   return d;
 }
 
+// Four-bit codes as numbers. An integer below 2^8 is, bit for bit, a bfloat16 number, 2^-133 times it. What it is multiplied
+// with is multiplied with 2^96 before, so that a code of 1 times an x of 1 comes out as ONE.
+
+constexpr u32 RAISED = 0x6f806f80u, SIXTEEN = 0x41804180u;  // 2^96 and 16, twice
+constexpr float ONE = 0x1p-37f, LOWERED = 0x1p37f;
+// Eight codes as the tensor cores take them: pairs (k, k + 1) of rows g and g + 8, then (k + 2, k + 3). A byte has a code of
+// row g and, 16 times, one of row g + 8; for row g it stays whole, which is cheaper, and the other is subtracted from the sums.
+DEVICE void widen(u32 word, u32 (&a)[4]) {
+  a[0] = word & 0x00ff00ffu, a[1] = word & 0x00f000f0u;
+  a[2] = __byte_perm(word, 0, 0x4341), a[3] = a[2] & 0x00f000f0u;
+}
+// -0 is added, which changes no sign.
+DEVICE u32 times(u32 pair, u32 by) { return fma_bf16x2(pair, by, 0x80008000u); }
+DEVICE uint4 times(const uint4& v, u32 by) { return {times(v.x, by), times(v.y, by), times(v.z, by), times(v.w, by)}; }
+
 // Sums over the lanes of a warp
 
 DEVICE float warp_sum(float x) {
@@ -62,11 +77,32 @@ DEVICE void store_release(u32* p, u32 x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
+// Without an order to what else is read and written
+template <class T>
+DEVICE T load_volatile(const T* p) { return *static_cast<const volatile T*>(p); }
+template <class T>
+DEVICE void store_volatile(T* p, T x) { *static_cast<volatile T*>(p) = x; }
+
 // Programmatic dependent launch: what the previous kernel wrote may be read after `grid_wait`; after `grid_trigger` in
 // all blocks of this kernel the next one may start (it still waits for this one's end before it reads).
 
 DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void grid_trigger() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Shared memory
+
+// What was there. `atomicAdd` makes more of it, for the case that many lanes add.
+DEVICE u32 shared_add(u32* p, u32 x) {
+  u32 before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(p)), "r"(x) : "memory");
+  return before;
+}
+// `v` stays as it is where not `mine`, in its register: an `if` may go by way of local memory.
+DEVICE void load_if(bool mine, uint4& v, const void* shared) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "r"(shared_address(shared)), "r"(static_cast<u32>(mine)));
+}
 
 // Barriers in shared memory
 
@@ -86,16 +122,6 @@ DEVICE bool barrier_try(u64* barrier, u32 parity) {
   u32 done;
   asm volatile(
       "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done;
-}
-// The same at once, where `barrier_try` may wait for a while.
-DEVICE bool barrier_test(u64* barrier, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
       : "=r"(done)
       : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
@@ -130,6 +156,13 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d = a b + c, likewise
+DEVICE void mma_from(float (&d)[4], const float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 // d = a b, likewise
 DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {

@@ -18,6 +18,7 @@ __all__ = ["AddNorm", "Tiles", "experts_linear", "fused_linear", "int4_linear"]
 def int4_linear(x: Tensor, weight: "CudaWeight", expert: int | None = None) -> Tensor:
     """x [..., K] bfloat16 on a GPU -> x @ W.T [..., N]: by one kernel for up to 16 tokens, by cuBLAS for more.
 
+    An |x| of 2^31 or more (2^27 times eight bits) overflows, of up to 16 tokens.
     A weight must not be used on two streams at once: its scratch would be, too. Raises ValueError for another K."""
     w = weight.matrix(expert)
     if x.shape[-1] != w.K:
@@ -64,7 +65,7 @@ def fused_linear(
     alone: bool = False,
 ) -> None:
     """One token [1, K] -> out [1, N] (N / 2 with `gelu_mul`), bfloat16 or float32, in one kernel that is launched while
-    the one before it still runs. `naive.fused_linear` is the definition.
+    the one before it still runs. `naive.fused_linear` is the definition; |x|, normed, as in `int4_linear`.
 
     Args:
         add: what x is added to first, normed.

@@ -5,12 +5,12 @@
 // twelve row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others
 // leave. Each warp has a ring of its own for tiles; x and its sums go through one that all of them read.
 //
-// The tensor cores multiply with 128 + nibble, and each group's product is scaled in float32. What is too much, and the
-// zeros, are a small product of their own: scales (or zeros) times the sums of x over the groups, which one warp makes.
+// Each group's product is scaled in float32. What the codes are too much, and the zeros, are a small product of their own:
+// scales (or zeros) times the sums of x over the groups, which two warps make, as they multiply x with 2^96 where it is.
 #include "common.cuh"
 
 // GROUP, ZERO, SPLIT: as in matvec.cu. WIDE: 1 for up to 8 tokens, 2 for up to 16. BLOCKS: row blocks at a time. SPAN:
-// columns of tiles in a stage (small copies are slow ones). STAGES, X_STAGES: of the rings.
+// columns of tiles in a stage. STAGES, X_STAGES: of the rings. SUMMERS: warps that make sums of x.
 
 constexpr int ROWS = 16, COLUMNS = 256, WARPS = BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
@@ -22,7 +22,7 @@ constexpr int SUMS = SPAN * TOKENS * 4 * 8;           // bytes: upper and lower 
 constexpr int STAGE = SPAN * TILE;                    // of a warp's ring
 constexpr int X_STAGE = TOKENS * X_ROW * 2 + SUMS * (1 + ZERO);
 constexpr int LEAD = 4;                               // stages that are not yet asked for when the next kernel may start
-constexpr int COPIER = WARPS, X_COPIER = WARPS + 1, SUMMER = WARPS + 2, THREADS = (WARPS + 3) * 32;
+constexpr int X_COPIER = WARPS, RELEASER = WARPS + 1, SUMMER = WARPS + 2, THREADS = (WARPS + 2 + SUMMERS) * 32;
 
 struct Arguments {
   const u8* weight;
@@ -32,14 +32,8 @@ struct Arguments {
   u32* flags;      // [blocks], zero between launches
   int m, n, k, columns, row_blocks;
   u32 zero;        // 0, which the compiler does not know
-  float offset;    // what 128 + nibble is too much, as a factor of the sum of x
+  float less;      // minus what the codes are too much
 };
-
-// The bfloat16 numbers 128 + nibble, as the tensor cores take them
-DEVICE void widen(u32 word, u32 (&w)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = lop3<(0xf0 & 0xcc) | 0xaa>(word >> (4 * i), 0x000f000fu, 0x43004300u);
-}
 
 // A tile's scales (or zeros) of rows g and g + 8 in a chunk
 DEVICE uint2 scales_at(const u8* at, int chunk) {
@@ -48,12 +42,12 @@ DEVICE uint2 scales_at(const u8* at, int chunk) {
   return {reinterpret_cast<const u32*>(at)[GROUP == 64 ? g * 4 + chunk : g * 2 + chunk / 2], 0};
 }
 
-// As the tensor cores' A: 16 rows x 8 groups, twice
+// As the tensor cores' A: 16 rows x 8 groups, twice; 16 times those of rows g + 8
 DEVICE void scales_as_matrix(uint2 mine, u32 (&a)[4]) {
   if constexpr (GROUP == 32) {
-    a[0] = a[2] = mine.x, a[1] = a[3] = mine.y;
+    a[0] = a[2] = mine.x, a[1] = a[3] = times(mine.y, SIXTEEN);
   } else {
-    a[0] = a[2] = __byte_perm(mine.x, 0, 0x1010), a[1] = a[3] = __byte_perm(mine.x, 0, 0x3232);
+    a[0] = a[2] = __byte_perm(mine.x, 0, 0x1010), a[1] = a[3] = times(__byte_perm(mine.x, 0, 0x3232), SIXTEEN);
   }
 }
 
@@ -86,20 +80,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
   u8* ring = shared;                            // [STAGES, BLOCKS, STAGE]
   u8* x_ring = ring + STAGES * BLOCKS * STAGE;  // [X_STAGES, X_STAGE]
   u64* filled = reinterpret_cast<u64*>(x_ring + X_STAGES * X_STAGE);
-  u64* emptied = filled + STAGES * BLOCKS;
-  u64* x_filled = emptied + STAGES * BLOCKS;
+  u64* x_filled = filled + STAGES * BLOCKS;
   u64* summed = x_filled + X_STAGES;
   u64* x_emptied = summed + X_STAGES;
+  u64* left = x_emptied + X_STAGES;             // sums that another block of threads adds up
   const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
   const int spans = (a.columns + SPAN - 1) / SPAN;
   const i64 total = i64{tall} * spans;
   const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
 
-  if (warp == COPIER) {
-    for (int s = lane; s < STAGES * BLOCKS; s += 32) barrier_init(filled + s, 1), barrier_init(emptied + s, 1);
+  if (warp == RELEASER) {
+    for (int s = lane; s < STAGES * BLOCKS; s += 32) barrier_init(filled + s, 1);
     if (lane < X_STAGES)
-      barrier_init(x_filled + lane, 32), barrier_init(summed + lane, 32), barrier_init(x_emptied + lane, WARPS);
+      barrier_init(x_filled + lane, 32), barrier_init(summed + lane, 32 * SUMMERS), barrier_init(x_emptied + lane, WARPS);
+    if (lane == 0) barrier_init(left, WARPS);
     barrier_init_fence();
   }
   for (int s = 0; s < X_STAGES; ++s)
@@ -107,29 +102,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
       reinterpret_cast<uint4*>(x_ring + s * X_STAGE)[i] = {0, 0, 0, 0};
   __syncthreads();
 
-  if (warp == COPIER) {
-    // A lane for each warp, so that none waits for another's room. A barrier's phase before its first counts as over.
-    const int trigger = max(first + 1, last - LEAD);
-    for (int unit = lane < BLOCKS ? first : last, stage = 0, parity = 1; __any_sync(0xffffffffu, unit < last);) {
-      u64* barrier = filled + stage * BLOCKS + lane;
-      const bool go = unit < last && barrier_test(emptied + stage * BLOCKS + lane, parity);
-      if (go) {
-        const int block = unit / spans * BLOCKS + lane, column = unit % spans * SPAN;
-        if (block < a.row_blocks) {
-          const int bytes = min(SPAN, a.columns - column) * TILE;
-          barrier_expect(barrier, bytes);
-          copy_bulk(ring + (stage * BLOCKS + lane) * STAGE, a.weight + (i64{block} * a.columns + column) * TILE, bytes,
-                    barrier);
-        } else {
-          barrier_arrive(barrier);
-        }
-        if (++unit == trigger && lane == 0) grid_trigger();
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-      }
-      if (!__any_sync(0xffffffffu, go)) __nanosleep(20);
+  // Tiles that are asked for next, by lane 0 of each warp.
+  int ahead = first, ahead_group = first / spans, ahead_column = first % spans, ahead_stage = 0;
+  const auto fetch = [&](u32 none) {
+    const int block = ahead_group * BLOCKS + warp, column = ahead_column * SPAN;
+    u64* barrier = filled + ahead_stage * BLOCKS + warp;
+    if (block < a.row_blocks) {
+      const int bytes = min(SPAN, a.columns - column) * TILE;
+      barrier_expect(barrier, bytes);
+      copy_bulk(ring + (ahead_stage * BLOCKS + warp) * STAGE, a.weight + (i64{block} * a.columns + column) * TILE + none,
+                bytes, barrier);
+    } else {
+      barrier_arrive(barrier);
     }
-    return;
-  }
+    if (++ahead == max(first + 1, last - LEAD) && warp == 0) grid_trigger();
+    if (++ahead_column == spans) ahead_column = 0, ++ahead_group;
+    if (++ahead_stage == STAGES) ahead_stage = 0;
+  };
+  if (warp < WARPS && lane == 0)
+    for (int i = 0; i < min(STAGES, last - first); ++i) fetch(0);
   grid_wait();
   if (warp == X_COPIER) {
     for (int unit = first, stage = 0, parity = 1; unit < last; ++unit) {
@@ -146,31 +137,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
     copy_wait();
     return;
   }
+  if (warp == RELEASER) {
+    // By a warp of its own: with copies under way, this takes microseconds.
+    if (lane == 0 && first % spans) {
+      barrier_wait(left, 0);
+      store_release(a.flags + blockIdx.x, 1);
+    }
+    return;
+  }
   const auto x_of = [&](int stage) { return reinterpret_cast<const bf16*>(x_ring + stage * X_STAGE); };
   const auto sums_of = [&](int stage) {
     return reinterpret_cast<uint2*>(x_ring + stage * X_STAGE + TOKENS * X_ROW * 2);
   };
 
-  if (warp == SUMMER) {
+  if (warp >= SUMMER) {
     for (int unit = first, stage = 0, parity = 0; unit < last; ++unit) {
       barrier_wait(x_filled + stage, parity);
 #pragma unroll
-      for (int i = lane; i < SPAN * TOKENS * 4; i += 32) {
+      for (int i = threadIdx.x - SUMMER * 32; i < SPAN * TOKENS * 4; i += 32 * SUMMERS) {
         const int n = i % TOKENS, at = i / TOKENS;  // groups 2 at and 2 at + 1
         constexpr int VECTORS = CODES / 64;         // of 8 in a group
-        const uint4* x = reinterpret_cast<const uint4*>(x_of(stage) + n * X_ROW) + at * 2 * VECTORS;
+        uint4* x = reinterpret_cast<uint4*>(x_ring + stage * X_STAGE + n * X_ROW * 2) + at * 2 * VECTORS;
         float sum[2] = {};
 #pragma unroll
         for (int j = 0; j < VECTORS; ++j)
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            const uint4 v = x[k * VECTORS + (j + lane / 2) % VECTORS];
+            uint4& from = x[k * VECTORS + (j + lane / 2) % VECTORS];
+            const uint4 v = from;
+            from = times(v, RAISED);
             sum[k] += low_float(v.x) + high_float(v.x) + low_float(v.y) + high_float(v.y) + low_float(v.z) +
                       high_float(v.z) + low_float(v.w) + high_float(v.w);
           }
         const int to = (at / 4 * TOKENS + n) * 4 + at % 4;
-        sums_of(stage)[to] = halves_of(-a.offset * sum[0], -a.offset * sum[1]);
-        if constexpr (ZERO) sums_of(stage)[SUMS / 8 + to] = halves_of(sum[0], sum[1]);
+        sums_of(stage)[to] = halves_of(a.less * ONE * sum[0], a.less * ONE * sum[1]);
+        if constexpr (ZERO) sums_of(stage)[SUMS / 8 + to] = halves_of(ONE * sum[0], ONE * sum[1]);
       }
       barrier_arrive(summed + stage);
       if (++stage == X_STAGES) stage = 0, parity ^= 1;
@@ -179,13 +180,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
   }
 
   // Of eight bits, lanes 0 and 1 have high nibbles, which count 16 times.
-  const u32 times = SPLIT && t < 2 ? 0x41804180u : 0x3f803f80u;
+  const u32 by = SPLIT && t < 2 ? SIXTEEN : 0x3f803f80u;
   int stage = 0, parity = 0, x_stage = 0, x_parity = 0;
   for (int unit = first; unit < last;) {
     const int group = unit / spans, begin = unit, end = min(last, (group + 1) * spans);
     float c[WIDE][4] = {};
     for (; unit < end; ++unit) {
-      barrier_wait(x_filled + x_stage, x_parity);
       barrier_wait(summed + x_stage, x_parity);
       barrier_wait(filled + stage * BLOCKS + warp, parity);
       const int tiles = min(SPAN, a.columns - unit % spans * SPAN);
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
           loaded |= scales[0].x | scales[1].x | scales[2].x | scales[3].x;
           if (ZERO) loaded |= zeros.x;
           const u32 none = __ballot_sync(0xffffffffu, loaded & a.zero);
-          if (lane == 0) barrier_arrive(emptied + stage * BLOCKS + warp + none);
+          if (lane == 0 && ahead < last) fetch(none);
         }
 #pragma unroll
         for (int i = 0; i < 1 + ZERO; ++i) {
@@ -235,14 +235,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
 #pragma unroll
             for (int n = 0; n < WIDE; ++n) {
               uint4 b = *reinterpret_cast<const uint4*>(x + (n * 8 + g) * X_ROW + column);
-              if constexpr (SPLIT) {
-                b = {fma_bf16x2(b.x, times, 0x80008000u), fma_bf16x2(b.y, times, 0x80008000u),
-                     fma_bf16x2(b.z, times, 0x80008000u), fma_bf16x2(b.w, times, 0x80008000u)};
-              }
+              if constexpr (SPLIT) b = times(b, by);
               float d[4];
               mma_first(d, w[0], {b.x, b.y});
               mma(d, w[1], {b.z, b.w});
-              c[n][0] += s[half][0] * d[0], c[n][1] += s[half][0] * d[1];
+              c[n][0] += s[half][0] * (d[0] - d[2]), c[n][1] += s[half][0] * (d[1] - d[3]);
               c[n][2] += s[half][1] * d[2], c[n][3] += s[half][1] * d[3];
             }
           }
@@ -258,8 +255,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
 #pragma unroll
       for (int i = 0; i < WIDE; ++i)
         reinterpret_cast<float4*>(a.partials)[mine * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
-      barrier_of(2, BLOCKS * 32);
-      if (threadIdx.x == 0) store_release(a.flags + blockIdx.x, 1);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(left);
       continue;
     }
     // Those who have the rest are asked all at once, and then read: one by one, each would take two trips to the L2.
@@ -286,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int token = i * 8 + 2 * t + j % 2, n = (group * BLOCKS + warp) * ROWS + g + j / 2 * 8;
-        if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(c[i][j]);
+        if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(c[i][j] * (j < 2 ? LOWERED : LOWERED / 16));
       }
   }
 }

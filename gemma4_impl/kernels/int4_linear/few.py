@@ -13,9 +13,9 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-BLOCKS, SPAN, STAGES, X_STAGES = 12, 2, 2, 4
-"""Row blocks and tiles of each at a time, and stages of the rings."""
-SIZES = {"BLOCKS": BLOCKS, "SPAN": SPAN, "STAGES": STAGES, "X_STAGES": X_STAGES}
+BLOCKS, SPAN, STAGES, X_STAGES, SUMMERS = 12, 2, 2, 4, 2
+"""Row blocks and tiles of each at a time, stages of the rings, and warps that make sums of x."""
+SIZES = {"BLOCKS": BLOCKS, "SPAN": SPAN, "STAGES": STAGES, "X_STAGES": X_STAGES, "SUMMERS": SUMMERS}
 """The same as macros of few.cu."""
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
@@ -26,7 +26,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials", "flags")),
         *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks")),
         ("zero", ctypes.c_uint32),
-        ("offset", ctypes.c_float),
+        ("less", ctypes.c_float),
     ]
 
 
@@ -38,7 +38,7 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     blocks = min(cuda.multiprocessors(x.device), units)
     wide = 1 if M <= 8 else 2
     codes = 128 if weight.split else 256
-    stage = BLOCKS * (SPAN * weight.tile_bytes + 16)
+    stage = BLOCKS * (SPAN * weight.tile_bytes + 8)
     x_stage = 8 * wide * (SPAN * codes + 32) * 2 + SPAN * 8 * wide * 32 * (1 + weight.has_zero) + 24
     partials = torch.empty(blocks, BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
@@ -52,11 +52,11 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         k=weight.K,
         columns=columns,
         row_blocks=row_blocks,
-        offset=weight.excess,
+        less=-weight.stored_offset,
     )
     function = cuda.kernel(SOURCE, "few", {**weight.defines, **SIZES, "WIDE": wide})
-    shared = STAGES * stage + X_STAGES * x_stage
-    function(blocks, (BLOCKS + 3) * 32, [arguments], shared=shared, overlap=overlap)
+    shared = STAGES * stage + X_STAGES * x_stage + 8
+    function(blocks, (BLOCKS + 2 + SUMMERS) * 32, [arguments], shared=shared, overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:

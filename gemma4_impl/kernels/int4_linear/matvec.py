@@ -11,8 +11,9 @@ from gemma4_impl.kernels import cuda
 from gemma4_impl.kernels.int4_linear.tiles import Tiles
 
 SOURCE = Path(__file__).with_name("matvec.cu")
-WARPS, SPAN = 14, 2
-LEAD = 24
+WARPS, SPAN = 10, 2
+"""Warps that multiply, and tiles that one takes at a time."""
+LEAD = 32
 """Stages that a block of threads has not yet asked for when the next kernel may start."""
 _SHARED, _SHARED_LONG, _ALONE = 108 << 10, 113 << 10, 116 << 10
 """Bytes of shared memory that leave room for the next kernel's block of threads, which loads its first tiles; where x
@@ -26,12 +27,14 @@ _MOST_NORMED = 8192
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "norm", "residual", "post_norm", "scalar")),
-        *((name, ctypes.c_uint64) for name in ("residual_out", "times", "experts", "partials", "flags")),
-        *((name, ctypes.c_float) for name in ("eps", "softcap", "offset")),
+        *((name, ctypes.c_uint64) for name in ("residual_out", "times", "experts", "partials")),
+        *((name, ctypes.c_float) for name in ("eps", "softcap", "less")),
         *((name, ctypes.c_int32) for name in ("n", "k", "tiles_per_block", "row_blocks", "slots", "x_per_slot")),
-        *((name, ctypes.c_int32) for name in ("most_tiles", "most_blocks", "stages")),
+        *((name, ctypes.c_int32) for name in ("most_blocks", "most_parts", "stages")),
         *((name, ctypes.c_uint32) for name in ("per_tiles_per_block", "per_stages")),
         ("lead", ctypes.c_int32),
+        ("so_far", ctypes.c_uint64),
+        ("zero", ctypes.c_uint32),
     ]
 
 
@@ -76,8 +79,9 @@ def matvec(
     most_tiles = -(-tiles // blocks)
     most_blocks = most_tiles // columns + 2
     x_bytes = x_rows * columns * (256 * 2 + 8 * 4)
-    shared = x_bytes + most_tiles * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 8
-    stage = SPAN * weight.tile_bytes + 20
+    most_parts = -(-most_tiles // SPAN) + most_blocks
+    shared = x_bytes + (most_parts + 1) * 16 * 4 + (WARPS + 2) * 4 + most_blocks * 8 + 8
+    stage = SPAN * weight.tile_bytes + 12
     room = _SHARED_LONG if x_bytes >= _LONG else _SHARED
     stages = max(2, min((room - shared) // stage, -(-most_tiles // SPAN)))
     defines = {
@@ -89,6 +93,7 @@ def matvec(
         "EXPERTS": int(experts is not None),
         "WARPS": WARPS,
         "SPAN": SPAN,
+        "HELD": -(-K // (8 * 32 * (WARPS + 2))) if norm is not None or add is not None else 1,
     }
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
@@ -102,7 +107,6 @@ def matvec(
         times=_pointer(times),
         experts=_pointer(experts),
         partials=weight.scratch.data_ptr() + 4 * len(weight.scratch),
-        flags=weight.scratch.data_ptr(),
         eps=eps,
         softcap=softcap or 0.0,
         n=weight.N,
@@ -111,13 +115,14 @@ def matvec(
         row_blocks=row_blocks,
         slots=slots,
         x_per_slot=int(x_rows > 1),
-        most_tiles=most_tiles,
         most_blocks=most_blocks,
+        most_parts=most_parts,
         stages=stages,
         per_tiles_per_block=-(-(1 << 32) // columns),
         per_stages=-(-(1 << 32) // stages),
-        offset=weight.excess,
+        less=-weight.stored_offset,
         lead=LEAD,
+        so_far=weight.scratch.data_ptr() + 4 * (len(weight.scratch) - 1) if blocks <= wave else 0,
     )
     function = cuda.kernel(SOURCE, "matvec", defines)
     function(

@@ -12,7 +12,8 @@ class Tiles:
     tiles: Tensor
     """uint8 [..., ceil(N / 16), ceil(columns / 256), bytes of a tile], where eight-bit codes take two columns."""
     scratch: Tensor
-    """int32 [1024, 17]: a flag for each block of threads, which are 0 between launches, and then 16 sums for each."""
+    """int32 [1024, 33], 0 between launches: flags of few.cu's blocks of threads, 1023 at most; a count of matvec.cu's
+    blocks; and 16 words of 64 bits for each of those, sums that others add up."""
     N: int
     K: int
     group: int
@@ -27,10 +28,9 @@ class Tiles:
         return self.tiles.shape[-1]
 
     @property
-    def excess(self) -> float:
-        """What the kernels, which multiply with 128 + nibble, have too much, as a factor of the sum of x."""
-        # Of eight bits: 16 (128 + high) + 128 + low, where 128 was added to the code.
-        return 16.0 * 128 + 128 + 128 + self.offset if self.split else 128.0 + self.offset
+    def stored_offset(self) -> int:
+        """What is taken from the codes as tiles have them: eight-bit ones are stored as code + 128."""
+        return 128 + self.offset if self.split else self.offset
 
     @property
     def defines(self) -> dict[str, int]:
