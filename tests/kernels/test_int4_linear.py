@@ -165,8 +165,8 @@ def test_sources_compile_for_hopper(source, defines, tmp_path, monkeypatch):
 
 
 def unread_loads(listing: str) -> list[str]:
-    """Loads from shared memory that nothing has read when a barrier is arrived at or a copy is asked for: they may still
-    be on their way."""
+    """Loads from shared memory that nothing has read when a barrier is arrived at, or a copy asked for: they may still
+    be on the way."""
     pending, found = [], []
     for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([^;]*);", listing):
         name, _, rest = line.partition(" ")
