@@ -43,13 +43,13 @@ DEVICE u32 lop3(u32 a, u32 b, u32 c) {
   return d;
 }
 
-// Four-bit codes as numbers. An integer below 2^8 is, bit for bit, a bfloat16 number, 2^-133 times it. What it is multiplied
-// with is multiplied with 2^96 before, so that a code of 1 times an x of 1 comes out as ONE.
+// Four-bit codes as numbers. An integer below 2^8 is, bit for bit, a bfloat16 number, 2^-133 times it. What it is
+// multiplied with is multiplied with 2^96 before, so that a code of 1 times an x of 1 comes out as ONE.
 
 constexpr u32 RAISED = 0x6f806f80u, SIXTEEN = 0x41804180u;  // 2^96 and 16, twice
 constexpr float ONE = 0x1p-37f, LOWERED = 0x1p37f;
-// Eight codes as the tensor cores take them: pairs (k, k + 1) of rows g and g + 8, then (k + 2, k + 3). A byte has a code of
-// row g and, 16 times, one of row g + 8; for row g it stays whole, which is cheaper, and the other is subtracted from the sums.
+// Eight codes as the tensor cores take them: pairs (k, k + 1) of rows g and g + 8, then (k + 2, k + 3). A byte has a code
+// of row g and, 16 times, one of row g + 8; for row g it stays whole, which is cheaper, and the sums are subtracted.
 DEVICE void widen(u32 word, u32 (&a)[4]) {
   a[0] = word & 0x00ff00ffu, a[1] = word & 0x00f000f0u;
   a[2] = __byte_perm(word, 0, 0x4341), a[3] = a[2] & 0x00f000f0u;

@@ -7,7 +7,8 @@
 #include "common.cuh"
 
 // GROUP: weights that share a scale. ZERO: scale * code + zero. SPLIT: codes of eight bits, as 16 high nibbles and then
-// their 16 low ones. SPAN: tiles copied, and multiplied, at once. NORM, ADD: what is done to x. ACT: 1 gelu(gate) * up, 2 gelu(y) * times, 3 cap * tanh(y / cap).
+// their 16 low ones. SPAN: tiles copied, and multiplied, at once. NORM, ADD: what is done to x. ACT: 1 gelu(gate) * up,
+// 2 gelu(y) * times, 3 cap * tanh(y / cap).
 
 constexpr int ROWS = 16, COLUMNS = 256;
 // WARPS multiply, one more begins, and looks after what the next block of threads has for this one; and one adds up.
@@ -43,7 +44,7 @@ struct Arguments {
   int stages;              // of the ring, SPAN tiles each
   u32 per_tiles_per_block, per_stages;  // 2^32 / n, rounded up: a product's upper half is the quotient
   int lead;                // stages that are not yet asked for when the next kernel may start
-  u32* so_far;             // blocks that have come that far, then those that leave; 0 between launches; null if not all run at a time
+  u32* so_far;             // blocks that have come that far, then those that leave; 0 between launches. Null if too many
   u32 zero;                // 0, which the compiler does not know
 };
 
@@ -320,8 +321,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
       __syncwarp();
       if (lane == 0) barrier_arrive(added + end_block - 1 - first_block);
     }
-    // Stays until the next kernel has its blocks, for each of which there is just one multiprocessor with room then: if some
-    // were empty, they would get two, which take twice as long. Not for ever: other streams may leave no room for all blocks.
+    // Stays until the next kernel has its blocks, for each of which there is just one multiprocessor with room then: if
+    // some were empty, they would get two, which take twice as long. Not for ever: other streams may leave no room.
     if (a.so_far) {
       for (int i = 0; i < 100 && load_volatile(a.so_far) < gridDim.x; ++i) __nanosleep(200);
       __nanosleep(1000);
