@@ -146,6 +146,12 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
 DEVICE void copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// The same, of zeros if not `valid`; nothing is read then.
+DEVICE void copy16_or_zeros(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
 DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Tensor cores

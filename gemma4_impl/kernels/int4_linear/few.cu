@@ -129,8 +129,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
       bf16* to = reinterpret_cast<bf16*>(x_ring + stage * X_STAGE);
       for (int m = 0; m < a.m; ++m)
 #pragma unroll
-        for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8)
-          if (column + i < a.k) copy16(to + m * X_ROW + i, a.x + i64{m} * a.k + column + i);
+        for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8) {  // what was there would be multiplied with 2^96 again
+          const bool valid = column + i < a.k;
+          copy16_or_zeros(to + m * X_ROW + i, valid ? a.x + i64{m} * a.k + column + i : a.x, valid);
+        }
       arrive_when_copied(x_filled + stage);
       if (++stage == X_STAGES) stage = 0, parity ^= 1;
     }
