@@ -122,16 +122,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
   if (warp < WARPS && lane == 0)
     for (int i = 0; i < min(STAGES, last - first); ++i) fetch(0);
   grid_wait();
+  const auto x_of = [&](int stage) { return reinterpret_cast<bf16*>(x_ring + stage * X_STAGE); };
   if (warp == X_COPIER) {
     for (int unit = first, stage = 0, parity = 1; unit < last; ++unit) {
       barrier_wait(x_emptied + stage, parity);
       const int column = unit % spans * SPAN * CODES;
-      bf16* to = reinterpret_cast<bf16*>(x_ring + stage * X_STAGE);
+      bf16* to = x_of(stage);
       for (int m = 0; m < a.m; ++m)
 #pragma unroll
         for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8) {  // what was there would be multiplied with 2^96 again
           const bool valid = column + i < a.k;
-          copy16_or_zeros(to + m * X_ROW + i, valid ? a.x + i64{m} * a.k + column + i : a.x, valid);
+          copy16(to + m * X_ROW + i, valid ? a.x + i64{m} * a.k + column + i : a.x, valid);
         }
       arrive_when_copied(x_filled + stage);
       if (++stage == X_STAGES) stage = 0, parity ^= 1;
@@ -147,7 +148,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
     }
     return;
   }
-  const auto x_of = [&](int stage) { return reinterpret_cast<const bf16*>(x_ring + stage * X_STAGE); };
   const auto sums_of = [&](int stage) {
     return reinterpret_cast<uint2*>(x_ring + stage * X_STAGE + TOKENS * X_ROW * 2);
   };

@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     const int tile = first + number * SPAN, tiles = min(SPAN, last - tile);
     u8* to = ring + stage * SPAN * TILE;
     barrier_expect(filled + stage, tiles * TILE);
-    *reinterpret_cast<volatile u32*>(current + stage) = number;
+    store_volatile<u32>(current + stage, number);
     if (EXPERTS) {
       const int per_matrix = a.row_blocks * a.tiles_per_block;
       for (int i = 0; i < tiles; ++i) {
@@ -342,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matvec(const __grid_con
     const u32 round = quotient(number, a.per_stages), stage = number - round * a.stages;
     u32 block = quotient(tile, a.per_tiles_per_block), column = tile - block * a.tiles_per_block;
     // A barrier tells a round from the next one only; who runs ahead waits until it is this round's turn.
-    while (*reinterpret_cast<volatile u32*>(current + stage) != number) {
+    while (load_volatile(current + stage) != number) {
       __nanosleep(20);  // leaves the multiprocessor to the others
     }
     barrier_wait(filled + stage, round & 1);

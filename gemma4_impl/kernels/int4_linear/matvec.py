@@ -74,7 +74,7 @@ def matvec(
     slots = 1 if experts is None else len(experts)
     x_rows = x.numel() // K
     tiles = slots * row_blocks * columns
-    wave = cuda.multiprocessors(x.device)
+    wave, threads = cuda.multiprocessors(x.device), 32 * (WARPS + 2)
     blocks = min(wave * -(-tiles // (wave * _MOST_TILES)), slots * row_blocks)
     most_tiles = -(-tiles // blocks)
     most_blocks = most_tiles // columns + 2
@@ -93,7 +93,7 @@ def matvec(
         "EXPERTS": int(experts is not None),
         "WARPS": WARPS,
         "SPAN": SPAN,
-        "HELD": -(-K // (8 * 32 * (WARPS + 2))) if norm is not None or add is not None else 1,
+        "HELD": -(-K // (8 * threads)) if norm is not None or add is not None else 1,
     }
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
@@ -125,9 +125,7 @@ def matvec(
         so_far=weight.scratch.data_ptr() + 4 * (len(weight.scratch) - 1) if blocks <= wave else 0,
     )
     function = cuda.kernel(SOURCE, "matvec", defines)
-    function(
-        blocks, (WARPS + 2) * 32, [arguments], shared=max(shared + stages * stage, _ALONE * alone), overlap=overlap
-    )
+    function(blocks, threads, [arguments], shared=max(shared + stages * stage, _ALONE * alone), overlap=overlap)
 
 
 def can_norm(K: int) -> bool:
