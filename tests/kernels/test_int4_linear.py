@@ -158,7 +158,7 @@ def test_slices_are_whole_and_bounded(M, K):
 def test_sources_compile_for_hopper(source, defines, tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC")
     monkeypatch.setenv("GEMMA4_CACHE", str(tmp_path))
-    defines = defines | ({"WARPS": WARPS, "SPAN": SPAN, "HELD": 2} if source == MATVEC else SIZES)
+    defines = defines | ({"WARPS": WARPS, "SPAN": SPAN, "HELD": 2} if source == MATVEC else SIZES | {"OFFSET": 8})
     code = cuda.compiled(source, defines, "sm_90a")
     assert code == cuda.compiled(source, defines, "sm_90a")
     assert len(list((tmp_path / "cuda").iterdir())) == 1
@@ -195,12 +195,14 @@ def test_no_load_is_on_its_way_when_its_room_is_given_back(kernel, more, group, 
         defines |= {"WARPS": WARPS, "SPAN": SPAN, "HELD": 1}
         defines |= {"NORM": 0, "ADD": 0, "ACT": 0, "OUT_FLOAT": 0, "EXPERTS": 0}
     else:
-        source, defines = FEW, defines | SIZES | {"WIDE": int(kernel[-1])}
+        source, defines = FEW, defines | SIZES | {"WIDE": int(kernel[-1]), "OFFSET": 8}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     (tmp_path / "x.cubin").write_bytes(cuda.compiled(source, defines, "sm_90a"))
     command = [tool, "--dump-sass", "--function", source.stem, tmp_path / "x.cubin"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert listing.count("SYNCS.ARRIVE") >= 2
     assert listing.count("UBLKCP") >= 2
-    assert listing.count("LDS") > 20
+    assert listing.count("LDS") >= 10
     assert unread_loads(listing) == []
+    # A chunk of four products is waited for while the next is made ready; what the compiler cannot follow, it serializes.
+    assert listing.count("WARPGROUP.DEPBAR") * 4 <= listing.count("HGMMA") + 4

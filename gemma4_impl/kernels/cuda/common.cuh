@@ -149,6 +149,8 @@ DEVICE void copy16(void* shared, const void* global, bool valid = true) {
                : "memory");
 }
 DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// What this thread has written to shared memory is seen by bulk copies and `wgmma` that are started later.
+DEVICE void fence_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Tensor cores
 
@@ -179,6 +181,40 @@ DEVICE void load_matrix_transposed(u32 (&r)[4], const void* shared) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(shared))
                : "memory");
+}
+
+// A warpgroup's products, which are waited for; of those committed the last `pending` may still run.
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Keeps the compiler from using accumulators before this point.
+template <int n>
+DEVICE void settle(float (&d)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+// A matrix [16, n] in shared memory, as [2][n] vectors of 8: `wgmma`'s b. Vectors are added like whole numbers.
+template <int n>
+DEVICE u64 matrix_of(const void* shared) {
+  return u64{8} << 32 | n << 16 | __shfl_sync(0xffffffffu, shared_address(shared) / 16, 0);  // the same in all lanes
+}
+// d[64, n] += a[64, 16] b[16, n], n 8 or 16; each warp has 16 rows of d and a, in registers as for `mma`.
+template <int n>
+DEVICE void wgmma(float (&d)[n / 2], const u32 (&a)[4], u64 b) {
+  if constexpr (n == 8)
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, "
+                 "1, 1, 0;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // Clusters

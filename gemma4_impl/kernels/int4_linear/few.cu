@@ -3,26 +3,32 @@
 // A block of threads takes two tiles each of twelve row blocks at a time, a row block for each of its warps, together with
 // the same columns of all tokens, which are the columns of the tensor cores' B. Blocks share the work evenly, so that
 // twelve row blocks may be begun by one and ended by others: the one that has the first columns adds up what the others
-// leave. Each warp has a ring of its own for tiles; x and its sums go through one that all of them read.
+// leave. Each warp has a ring of its own for tiles; x goes through one that all of them read. Four warps multiply together
+// (`wgmma`), each with its own rows in registers; x stays in shared memory.
 //
-// Each group's product is scaled in float32. What the codes are too much, and the zeros, are a small product of their own:
-// scales (or zeros) times the sums of x over the groups, which two warps make, as they multiply x with 2^96 where it is.
+// Weights are bfloat16 when they are multiplied, as `naive.py` has them: a pair of codes, which are subnormal numbers, is
+// one `fma` with its scales and offsets. So all of a row is one sum, and eight more tokens cost no instructions.
 #include "common.cuh"
 
-// GROUP, ZERO, SPLIT: as in matvec.cu. WIDE: 1 for up to 8 tokens, 2 for up to 16. BLOCKS: row blocks at a time. SPAN:
-// columns of tiles in a stage. STAGES, X_STAGES: of the rings. SUMMERS: warps that make sums of x.
+// GROUP, ZERO, SPLIT: as in matvec.cu; OFFSET: of the weight. WIDE: 1 for up to 8 tokens, 2 for up to 16. BLOCKS: row blocks
+// at a time. SPAN: columns of tiles in a stage. STAGES, X_STAGES: of the rings. COPIERS: warps that fetch x.
 
 constexpr int ROWS = 16, COLUMNS = 256, WARPS = BLOCKS;
 constexpr int SCALES = ROWS * COLUMNS / GROUP * 2;
 constexpr int TILE = ROWS * COLUMNS / 2 + SCALES * (1 + ZERO);
 constexpr int CODES = SPLIT ? COLUMNS / 2 : COLUMNS;  // columns of x in a tile
-constexpr int X_ROW = SPAN * CODES + 32;              // padded against bank conflicts
 constexpr int TOKENS = 8 * WIDE;
-constexpr int SUMS = SPAN * TOKENS * 4 * 8;           // bytes: upper and lower halves for two groups each
+constexpr int X_STAGE = SPAN * COLUMNS * TOKENS * 2;  // bytes: [32 columns][4][TOKENS] vectors of 8, as `wgmma` takes it
 constexpr int STAGE = SPAN * TILE;                    // of a warp's ring
-constexpr int X_STAGE = TOKENS * X_ROW * 2 + SUMS * (1 + ZERO);
-constexpr int LEAD = 4;                               // stages that are not yet asked for when the next kernel may start
-constexpr int X_COPIER = WARPS, RELEASER = WARPS + 1, SUMMER = WARPS + 2, THREADS = (WARPS + 2 + SUMMERS) * 32;
+constexpr int LEAD = 2;                               // units of x that are not yet asked for when the next kernel may start
+constexpr int RELEASER = WARPS, COPIER = WARPS + 1, THREADS = (WARPS + 1 + COPIERS) * 32;
+// Tiles of so many stages are asked for before x, which would wait behind them. With 16 tokens it takes longer, and they.
+constexpr int BEFORE_X = WIDE == 1 ? 1 : STAGES;
+constexpr int ASKED = (WARPS + COPIERS) * 32;         // threads that know of a barrier for that
+// Whether the offset is subtracted from the codes: else scales times it are added, which must be exact.
+constexpr bool SUBTRACT = OFFSET && (SPLIT || ZERO || (OFFSET & (OFFSET - 1)));
+static_assert(WARPS % 4 == 0, "four multiply together");
+static_assert(COPIERS % WIDE == 0 && SPAN * 8 * WIDE % COPIERS == 0, "copiers have equal shares");
 
 struct Arguments {
   const u8* weight;
@@ -31,8 +37,8 @@ struct Arguments {
   float* partials; // [blocks, BLOCKS * 32, 4 WIDE]
   u32* flags;      // [blocks], zero between launches
   int m, n, k, columns, row_blocks;
+  int share, longer;  // units of a block, of which so many have one more
   u32 zero;        // 0, which the compiler does not know
-  float less;      // minus what the codes are too much
 };
 
 // A tile's scales (or zeros) of rows g and g + 8 in a chunk
@@ -40,15 +46,6 @@ DEVICE uint2 scales_at(const u8* at, int chunk) {
   const int g = lane_id() / 4;
   if constexpr (GROUP == 32) return reinterpret_cast<const uint2*>(at)[g * 4 + chunk];
   return {reinterpret_cast<const u32*>(at)[GROUP == 64 ? g * 4 + chunk : g * 2 + chunk / 2], 0};
-}
-
-// As the tensor cores' A: 16 rows x 8 groups, twice; 16 times those of rows g + 8
-DEVICE void scales_as_matrix(uint2 mine, u32 (&a)[4]) {
-  if constexpr (GROUP == 32) {
-    a[0] = a[2] = mine.x, a[1] = a[3] = times(mine.y, SIXTEEN);
-  } else {
-    a[0] = a[2] = __byte_perm(mine.x, 0, 0x1010), a[1] = a[3] = times(__byte_perm(mine.x, 0, 0x3232), SIXTEEN);
-  }
 }
 
 // As factors: [half][row]
@@ -61,84 +58,94 @@ DEVICE void scales_of(uint2 both, float (&s)[2][2]) {
   }
 }
 
-// Upper and lower half of two numbers as pairs of bfloat16
-DEVICE uint2 halves_of(float x, float y) {
-  const float high_x = round_bf16(x), high_y = round_bf16(y);
-  return {to_bf16x2(high_x, high_y), to_bf16x2(x - high_x, y - high_y)};
+DEVICE u32 pair_of(float x) { return to_bf16x2(x, x); }
+
+// A tile's scales (or zeros) of rows g and g + 8: [chunk][row] pairs in groups of 32, else [group] pairs of both rows
+DEVICE void scales_at(const u8* mine, uint4 (&s)[2]) {
+  constexpr int BYTES = 4 * 256 / GROUP;  // of a lane
+  if constexpr (BYTES >= 16) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 16; ++i) s[i] = reinterpret_cast<const uint4*>(mine)[i];
+  } else {
+    const uint2 both = *reinterpret_cast<const uint2*>(mine);
+    s[0] = {both.x, both.y, 0, 0};
+  }
+}
+// The pair that has a chunk's, and in which half of it they are
+DEVICE u32 scale_of(const uint4 (&s)[2], int chunk, int row) {
+  const int i = GROUP == 32 ? chunk * 2 + row : chunk * 64 / GROUP;
+  return i % 4 == 0 ? s[i / 4].x : i % 4 == 1 ? s[i / 4].y : i % 4 == 2 ? s[i / 4].z : s[i / 4].w;
+}
+DEVICE bool upper_of(int half, int row) { return GROUP == 32 ? half : row; }
+
+// One half of a pair, twice; the compiler makes it part of the instruction that takes it.
+DEVICE u32 twice(u32 pair, bool upper) {
+  u32 d;
+  if (upper)
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %1;\nmov.b32 %0, {b, b};\n}" : "=r"(d) : "r"(pair));
+  else
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %1;\nmov.b32 %0, {a, a};\n}" : "=r"(d) : "r"(pair));
+  return d;
 }
 
-// Arrives at the barrier when all of this thread's `copy16` so far have.
-DEVICE void arrive_when_copied(u64* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+// Asks for tiles, if `wanted` > 0, by one lane: without a branch, in which the compiler would ask whether addresses are the
+// same in all lanes.
+DEVICE void ask(u32 shared, const u8* global, u32 bytes, u32 barrier, int wanted) {
+  asm volatile(
+      "{\n.reg .pred p, q;\nelect.sync _|p, 0xffffffff;\nsetp.gt.and.s32 p, %4, 0, p;\nsetp.ne.and.b32 q, %2, 0, p;\n"
+      "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
+      "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n}" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "r"(wanted)
+      : "memory");
 }
 
+DEVICE void barrier_arrive_of(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 DEVICE void barrier_of(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 shared[];
-  const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = lane_id(), g = lane / 4, t = lane % 4;
   u8* ring = shared;                            // [STAGES, BLOCKS, STAGE]
   u8* x_ring = ring + STAGES * BLOCKS * STAGE;  // [X_STAGES, X_STAGE]
   u64* filled = reinterpret_cast<u64*>(x_ring + X_STAGES * X_STAGE);
   u64* x_filled = filled + STAGES * BLOCKS;
-  u64* summed = x_filled + X_STAGES;
-  u64* x_emptied = summed + X_STAGES;
+  u64* x_emptied = x_filled + X_STAGES;
   u64* left = x_emptied + X_STAGES;             // sums that another block of threads adds up
-  const int tall = (a.row_blocks + BLOCKS - 1) / BLOCKS;  // groups of row blocks
   const int spans = (a.columns + SPAN - 1) / SPAN;
-  const i64 total = i64{tall} * spans;
-  const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+  const auto start_of = [&](int block) { return block * a.share + min(block, a.longer); };
+  const int first = start_of(blockIdx.x), last = start_of(blockIdx.x + 1);
 
   if (warp == RELEASER) {
-    for (int s = lane; s < STAGES * BLOCKS; s += 32) barrier_init(filled + s, 1);
-    if (lane < X_STAGES)
-      barrier_init(x_filled + lane, 32), barrier_init(summed + lane, 32 * SUMMERS), barrier_init(x_emptied + lane, WARPS);
+    if (lane < X_STAGES) barrier_init(x_filled + lane, COPIERS), barrier_init(x_emptied + lane, WARPS);
     if (lane == 0) barrier_init(left, WARPS);
-    barrier_init_fence();
+  } else if (warp < WARPS && lane < STAGES) {
+    barrier_init(filled + lane * BLOCKS + warp, 1);
   }
-  for (int s = 0; s < X_STAGES; ++s)
-    for (int i = threadIdx.x; i < TOKENS * X_ROW / 8; i += blockDim.x)
-      reinterpret_cast<uint4*>(x_ring + s * X_STAGE)[i] = {0, 0, 0, 0};
-  __syncthreads();
+  barrier_init_fence();
+  __syncwarp();
 
-  // Tiles that are asked for next, by lane 0 of each warp.
-  int ahead = first, ahead_group = first / spans, ahead_column = first % spans, ahead_stage = 0;
-  const auto fetch = [&](u32 none) {
-    const int block = ahead_group * BLOCKS + warp, column = ahead_column * SPAN;
-    u64* barrier = filled + ahead_stage * BLOCKS + warp;
-    if (block < a.row_blocks) {
-      const int bytes = min(SPAN, a.columns - column) * TILE;
-      barrier_expect(barrier, bytes);
-      copy_bulk(ring + (ahead_stage * BLOCKS + warp) * STAGE, a.weight + (i64{block} * a.columns + column) * TILE + none,
-                bytes, barrier);
-    } else {
-      barrier_arrive(barrier);
-    }
-    if (++ahead == max(first + 1, last - LEAD) && warp == 0) grid_trigger();
-    if (++ahead_column == spans) ahead_column = 0, ++ahead_group;
-    if (++ahead_stage == STAGES) ahead_stage = 0;
+  // Tiles that are asked for next: all lanes know of them, one asks.
+  int block = first / spans * BLOCKS + warp, rest = a.columns - first % spans * SPAN;
+  const u8* from = a.weight + (i64{block} * a.columns + first % spans * SPAN) * TILE;
+  const i64 skip = i64{a.columns} * (BLOCKS - 1) * TILE;
+  const auto fetch = [&](u8* to, u64* barrier, int wanted) {
+    const int bytes = min(SPAN, rest) * TILE;
+    ask(shared_address(to), from, block < a.row_blocks ? bytes : 0, shared_address(barrier), wanted);
+    from += bytes, rest -= SPAN;
+    if (rest <= 0) rest = a.columns, block += BLOCKS, from += skip;
   };
-  if (warp < WARPS && lane == 0)
-    for (int i = 0; i < min(STAGES, last - first); ++i) fetch(0);
+  const auto fetch_first = [&](int from, int to) {
+    for (int s = from; s < to; ++s)
+      fetch(ring + (s * BLOCKS + warp) * STAGE, filled + s * BLOCKS + warp, last - first - s);
+  };
+  if (warp < WARPS) fetch_first(0, BEFORE_X);
+  __syncthreads();  // a warp's own barriers are all that its first tiles need
   grid_wait();
-  const auto x_of = [&](int stage) { return reinterpret_cast<bf16*>(x_ring + stage * X_STAGE); };
-  if (warp == X_COPIER) {
-    for (int unit = first, stage = 0, parity = 1; unit < last; ++unit) {
-      barrier_wait(x_emptied + stage, parity);
-      const int column = unit % spans * SPAN * CODES;
-      bf16* to = x_of(stage);
-      for (int m = 0; m < a.m; ++m)
-#pragma unroll
-        for (int i = lane * 8; i < SPAN * CODES; i += 32 * 8) {  // what was there would be multiplied with 2^96 again
-          const bool valid = column + i < a.k;
-          copy16(to + m * X_ROW + i, valid ? a.x + i64{m} * a.k + column + i : a.x, valid);
-        }
-      arrive_when_copied(x_filled + stage);
-      if (++stage == X_STAGES) stage = 0, parity ^= 1;
-    }
-    copy_wait();
-    return;
+  if (BEFORE_X < STAGES && warp < WARPS) {
+    barrier_of(1, ASKED);
+    fetch_first(BEFORE_X, STAGES);
   }
   if (warp == RELEASER) {
     // By a warp of its own: with copies under way, this takes microseconds.
@@ -148,123 +155,129 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
     }
     return;
   }
-  const auto sums_of = [&](int stage) {
-    return reinterpret_cast<uint2*>(x_ring + stage * X_STAGE + TOKENS * X_ROW * 2);
-  };
-
-  if (warp >= SUMMER) {
-    for (int unit = first, stage = 0, parity = 0; unit < last; ++unit) {
-      barrier_wait(x_filled + stage, parity);
+  if (warp >= COPIER) {
+    // Of the i-th eight of k, lane t's A has 2 t and 2 t + 1, which are columns 8 t + 2 i and one more: a vector that is
+    // loaded is a word each of four that are stored. Tokens that are not there are like the last.
+    constexpr int SHARE = SPAN * 8 * WIDE / COPIERS, STEP = COPIERS / WIDE;  // a lane's vectors; how many groups apart
+    constexpr int WIDTH = CODES / 8;                                         // columns of a group
+    const int n = (warp - COPIER) % WIDE * 8 + g, start = (warp - COPIER) / WIDE;
+    const bf16* x = a.x + i64{min(n, a.m - 1)} * a.k;
+    u32* to = reinterpret_cast<u32*>(x_ring) + (start * 4 * TOKENS + n) * 4 + t;
+    int column = first % spans * SPAN * CODES + start * WIDTH + (SPLIT ? t % 2 : t) * 8;
+    for (int unit = first, stage = 0, parity = 1, left = spans - first % spans; unit < last; ++unit) {
+      if (unit == max(first, last - LEAD)) grid_trigger();
+      uint4 v[SHARE];
+      const bf16* from = x + column;
+      if (column + (SHARE - 1) * STEP * WIDTH < a.k) {
 #pragma unroll
-      for (int i = threadIdx.x - SUMMER * 32; i < SPAN * TOKENS * 4; i += 32 * SUMMERS) {
-        const int n = i % TOKENS, at = i / TOKENS;  // groups 2 at and 2 at + 1
-        constexpr int VECTORS = CODES / 64;         // of 8 in a group
-        uint4* x = reinterpret_cast<uint4*>(x_ring + stage * X_STAGE + n * X_ROW * 2) + at * 2 * VECTORS;
-        float sum[2] = {};
+        for (int i = 0; i < SHARE; ++i) v[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * STEP * WIDTH));
+      } else {
 #pragma unroll
-        for (int j = 0; j < VECTORS; ++j)
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            uint4& from = x[k * VECTORS + (j + lane / 2) % VECTORS];
-            const uint4 v = from;
-            from = times(v, RAISED);
-            sum[k] += low_float(v.x) + high_float(v.x) + low_float(v.y) + high_float(v.y) + low_float(v.z) +
-                      high_float(v.z) + low_float(v.w) + high_float(v.w);
-          }
-        const int to = (at / 4 * TOKENS + n) * 4 + at % 4;
-        sums_of(stage)[to] = halves_of(a.less * ONE * sum[0], a.less * ONE * sum[1]);
-        if constexpr (ZERO) sums_of(stage)[SUMS / 8 + to] = halves_of(ONE * sum[0], ONE * sum[1]);
+        for (int i = 0; i < SHARE; ++i)
+          v[i] = column + i * STEP * WIDTH < a.k ? __ldcg(reinterpret_cast<const uint4*>(from + i * STEP * WIDTH))
+                                                 : uint4{0, 0, 0, 0};
       }
-      barrier_arrive(summed + stage);
+      if (BEFORE_X < STAGES && unit == first) barrier_arrive_of(1, ASKED);
+      barrier_wait(x_emptied + stage, parity);
+#pragma unroll
+      for (int i = 0; i < SHARE; ++i) {
+        u32* words = to + stage * (X_STAGE / 4) + i * STEP * 16 * TOKENS;
+        words[0] = v[i].x, words[4 * TOKENS] = v[i].y, words[8 * TOKENS] = v[i].z, words[12 * TOKENS] = v[i].w;
+      }
+      fence_for_engines();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(x_filled + stage);
+      column += SPAN * CODES;
+      if (--left == 0) left = spans, column -= spans * SPAN * CODES;
       if (++stage == X_STAGES) stage = 0, parity ^= 1;
     }
     return;
   }
 
-  // Of eight bits, lanes 0 and 1 have high nibbles, which count 16 times.
-  const u32 by = SPLIT && t < 2 ? SIXTEEN : 0x3f803f80u;
-  int stage = 0, parity = 0, x_stage = 0, x_parity = 0;
-  for (int unit = first; unit < last;) {
-    const int group = unit / spans, begin = unit, end = min(last, (group + 1) * spans);
-    float c[WIDE][4] = {};
-    for (; unit < end; ++unit) {
-      barrier_wait(summed + x_stage, x_parity);
-      barrier_wait(filled + stage * BLOCKS + warp, parity);
-      const int tiles = min(SPAN, a.columns - unit % spans * SPAN);
+  // Of eight bits, lanes 0 and 1 have high nibbles, which count 16 times and have the 128 that was added. Codes of rows
+  // g + 8 come 16 times.
+  const bool high = SPLIT && t < 2;
+  const u32 raise[2] = {high ? RAISED + 0x02000200u : RAISED, high ? RAISED : RAISED - 0x02000200u};
+  const u32 shift = SUBTRACT ? 0 : high ? 0xb080b080u : pair_of(-ONE * (SPLIT ? 0 : OFFSET));  // -128 ONE
+  const u32 lower = high ? 0 : pair_of(ONE);
+  const u32 minus = 0x80008000u | (high ? 8 : OFFSET) * 0x00010001u, less[2] = {minus, times(minus, SIXTEEN)};
+  int of_words = lane * 16, of_scales = g * (1024 / GROUP);
+  asm volatile("" : "+r"(of_words), "+r"(of_scales));  // else the compiler makes them again each time
+  float d[TOKENS / 2];
+  int stage = 0, parity = 0, x_stage = 0, x_parity = 0, group = first / spans;
+  for (int unit = first; unit < last; ++group) {
+    const int begin = unit, end = min(last, (group + 1) * spans);
+    int tiles = a.columns - (unit - group * spans) * SPAN;  // that this row still has
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) d[i] = 0;
+    for (; unit < end; ++unit, tiles -= SPAN) {
+      const u64 x = matrix_of<TOKENS>(x_ring + x_stage * X_STAGE);
+      barrier_wait(x_filled + x_stage, x_parity);
+      u64* ready = filled + stage * BLOCKS + warp;
+      barrier_wait(ready, parity);
+      u8* data = ring + (stage * BLOCKS + warp) * STAGE;
 #pragma unroll
       for (int at = 0; at < SPAN; ++at) {
-        if (at >= tiles) break;
-        const u8* data = ring + (stage * BLOCKS + warp) * STAGE + at * TILE;
-        const bf16* x = x_of(x_stage) + at * CODES;
-        uint4 words[4];
-        uint2 scales[4], zeros;
+        uint4 words[4], scales[2], zeros[2];
+        const u8* tile = data + at * TILE;
 #pragma unroll
-        for (int chunk = 0; chunk < 4; ++chunk) {
-          words[chunk] = reinterpret_cast<const uint4*>(data + chunk * 512)[lane];
-          scales[chunk] = scales_at(data + 2048, chunk);
-        }
-        if (ZERO) zeros = scales_at(data + 2048 + SCALES, t);
-        if (at + 1 == tiles) {
+        for (int chunk = 0; chunk < 4; ++chunk) words[chunk] = *reinterpret_cast<const uint4*>(tile + chunk * 512 + of_words);
+        scales_at(tile + 2048 + of_scales, scales);
+        if constexpr (ZERO) scales_at(tile + 2048 + SCALES + of_scales, zeros);
+        if (at + 1 == SPAN || at + 1 == tiles) {
           // The room is given back as soon as all of it is in registers. The ballot, 0, needs every lane's: a load that was
           // only issued could be overtaken by the copy that refills the room.
-          u32 loaded = words[0].x | words[1].x | words[2].x | words[3].x;
-          loaded |= scales[0].x | scales[1].x | scales[2].x | scales[3].x;
-          if (ZERO) loaded |= zeros.x;
-          const u32 none = __ballot_sync(0xffffffffu, loaded & a.zero);
-          if (lane == 0 && ahead < last) fetch(none);
-        }
-#pragma unroll
-        for (int i = 0; i < 1 + ZERO; ++i) {
-          u32 s[4];
-          const uint2 low = t & 1 ? scales[1] : scales[0], high = t & 1 ? scales[3] : scales[2];
-          scales_as_matrix(i ? zeros : t & 2 ? high : low, s);
-#pragma unroll
-          for (int n = 0; n < WIDE; ++n) {
-            const uint2 sum = sums_of(x_stage)[i * (SUMS / 8) + (at * TOKENS + n * 8) * 4 + lane];
-            mma(c[n], s, {sum.x, sum.y});
-          }
+          u32 loaded = words[0].x | words[1].x | words[2].x | words[3].x | scales[0].x | scales[GROUP == 32].x;
+          if constexpr (ZERO) loaded |= zeros[0].x | zeros[GROUP == 32].x;
+          const int none = __ballot_sync(0xffffffffu, loaded & a.zero);
+          fetch(data, ready, last - unit - STAGES - none);
         }
 #pragma unroll
         for (int chunk = 0; chunk < 4; ++chunk) {
-          float s[2][2];
-          scales_of(scales[chunk], s);
+          u32 w[4][4];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            u32 w[2][4];
-            widen(half ? words[chunk].z : words[chunk].x, w[0]);
-            widen(half ? words[chunk].w : words[chunk].y, w[1]);
-            const int column = SPLIT ? (chunk * 2 + half) * 16 + t % 2 * 8 : chunk * 64 + half * 32 + t * 8;
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int n = 0; n < WIDE; ++n) {
-              uint4 b = *reinterpret_cast<const uint4*>(x + (n * 8 + g) * X_ROW + column);
-              if constexpr (SPLIT) b = times(b, by);
-              float d[4];
-              mma_first(d, w[0], {b.x, b.y});
-              mma(d, w[1], {b.z, b.w});
-              c[n][0] += s[half][0] * (d[0] - d[2]), c[n][1] += s[half][0] * (d[1] - d[3]);
-              c[n][2] += s[half][1] * d[2], c[n][3] += s[half][1] * d[3];
+            for (int row = 0; row < 2; ++row) {
+              const u32 s = scale_of(scales, chunk, row), scale = times(s, raise[row]);
+              const u32 zero = ZERO ? times(scale_of(zeros, chunk, row), lower) : 0;
+              const u32 plus = !ZERO ? times(s, shift) : SPLIT && !SUBTRACT ? fma_bf16x2(s, shift, zero) : zero;
+              const bool upper = upper_of(half, row);
+              const u32 pairs[2] = {half ? words[chunk].z : words[chunk].x, half ? words[chunk].w : words[chunk].y};
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                u32 code = (i % 2 ? pairs[i / 2] >> 8 : pairs[i / 2]) & (row ? 0x00f000f0u : 0x000f000fu);
+                if constexpr (SUBTRACT) code = fma_bf16x2(code, 0x3f803f80u, less[row]);
+                w[half * 2 + i / 2][i % 2 * 2 + row] = fma_bf16x2(code, twice(scale, upper), twice(plus, upper));
+              }
             }
-          }
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < 4; ++i) wgmma<TOKENS>(d, w[i], x + ((at * 4 + chunk) * 4 + i) * 2 * TOKENS);
+          wgmma_commit();
+          wgmma_wait<1>();  // A's registers of the chunk before are free
         }
+        if (at + 1 == tiles) break;
       }
-      __syncwarp();
+      wgmma_wait<0>();
       if (lane == 0) barrier_arrive(x_emptied + x_stage);
       if (++stage == STAGES) stage = 0, parity ^= 1;
       if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
     }
+    settle(d);
     const i64 mine = blockIdx.x * BLOCKS * 32 + threadIdx.x;
     if (begin > group * spans) {  // another block has the first columns
 #pragma unroll
       for (int i = 0; i < WIDE; ++i)
-        reinterpret_cast<float4*>(a.partials)[mine * WIDE + i] = {c[i][0], c[i][1], c[i][2], c[i][3]};
+        reinterpret_cast<float4*>(a.partials)[mine * WIDE + i] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
       __syncwarp();
       if (lane == 0) barrier_arrive(left);
       continue;
     }
     // Those who have the rest are asked all at once, and then read: one by one, each would take two trips to the L2.
     int others = 0;
-    for (i64 reached = end; reached < (group + 1) * spans; ++others)
-      reached = total * (blockIdx.x + others + 2) / gridDim.x;
+    for (int reached = end; reached < (group + 1) * spans; ++others)
+      reached = start_of(blockIdx.x + others + 2);
     if (threadIdx.x < others) {
       u32* flag = a.flags + blockIdx.x + 1 + threadIdx.x;
       while (!load_acquire(flag)) {
@@ -278,14 +291,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
       for (int i = 0; i < WIDE; ++i) {
         const i64 from = mine + (1 + other) * BLOCKS * 32;
         const float4 more = __ldcg(reinterpret_cast<const float4*>(a.partials) + from * WIDE + i);
-        c[i][0] += more.x, c[i][1] += more.y, c[i][2] += more.z, c[i][3] += more.w;
+        d[4 * i] += more.x, d[4 * i + 1] += more.y, d[4 * i + 2] += more.z, d[4 * i + 3] += more.w;
       }
 #pragma unroll
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int token = i * 8 + 2 * t + j % 2, n = (group * BLOCKS + warp) * ROWS + g + j / 2 * 8;
-        if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(c[i][j] * (j < 2 ? LOWERED : LOWERED / 16));
+        if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(d[4 * i + j] * LOWERED);
       }
   }
 }

@@ -13,9 +13,9 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-BLOCKS, SPAN, STAGES, X_STAGES, SUMMERS = 12, 2, 2, 4, 2
-"""Row blocks and tiles of each at a time, stages of the rings, and warps that make sums of x."""
-SIZES = {"BLOCKS": BLOCKS, "SPAN": SPAN, "STAGES": STAGES, "X_STAGES": X_STAGES, "SUMMERS": SUMMERS}
+BLOCKS, SPAN, STAGES, X_STAGES, COPIERS = 12, 2, 2, 4, 2
+"""Row blocks and tiles of each at a time, stages of the rings, and warps that fetch x."""
+SIZES = {"BLOCKS": BLOCKS, "SPAN": SPAN, "STAGES": STAGES, "X_STAGES": X_STAGES, "COPIERS": COPIERS}
 """The same as macros of few.cu."""
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
@@ -24,9 +24,8 @@ _SLICE_BYTES = 48 << 20
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials", "flags")),
-        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks")),
+        *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "share", "longer")),
         ("zero", ctypes.c_uint32),
-        ("less", ctypes.c_float),
     ]
 
 
@@ -37,9 +36,8 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
     units = -(-row_blocks // BLOCKS) * -(-columns // SPAN)
     blocks = min(cuda.multiprocessors(x.device), units)
     wide = 1 if M <= 8 else 2
-    codes = 128 if weight.split else 256
     stage = BLOCKS * (SPAN * weight.tile_bytes + 8)
-    x_stage = 8 * wide * (SPAN * codes + 32) * 2 + SPAN * 8 * wide * 32 * (1 + weight.has_zero) + 24
+    x_stage = SPAN * 8 * wide * 512 + 16
     partials = torch.empty(blocks, BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
@@ -52,18 +50,19 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         k=weight.K,
         columns=columns,
         row_blocks=row_blocks,
-        less=-weight.stored_offset,
+        share=units // blocks,
+        longer=units % blocks,
     )
-    function = cuda.kernel(SOURCE, "few", {**weight.defines, **SIZES, "WIDE": wide})
+    function = cuda.kernel(SOURCE, "few", {**weight.defines, **SIZES, "WIDE": wide, "OFFSET": weight.offset})
     shared = STAGES * stage + X_STAGES * x_stage + 8
-    function(blocks, (BLOCKS + 2 + SUMMERS) * 32, [arguments], shared=shared, overlap=overlap)
+    function(blocks, (BLOCKS + 1 + COPIERS) * 32, [arguments], shared=shared, overlap=overlap)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
     """Rows from `start`, a multiple of 16, as many as `out` [rows, K] bfloat16 takes: scale * (code - offset) + zero in
     float32, rounded once. On the current stream, unless another is named."""
     columns = weight.tiles.shape[-2]
-    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, **SIZES, "WIDE": 1})
+    function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, **SIZES, "WIDE": 1, "OFFSET": weight.offset})
     tiles = weight.tiles[start // ROWS :]
     args = [tiles, out, columns, len(out), weight.K, weight.offset]
     warps = 8

@@ -65,20 +65,8 @@ DEVICE Work work_of(const Arguments& a) {
   return w;
 }
 
-// Tensor cores: a warpgroup's asynchronous products, operands in shared memory with the 128-byte swizzle
+// Tensor cores: a warpgroup's products, operands in shared memory with the 128-byte swizzle
 
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int pending>
-DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-// Keeps the compiler from using accumulators before this point.
-template <int n>
-DEVICE void settle(float (&d)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
 // The lower half of a matrix descriptor; the upper one is always MATRIX: 1024 bytes between groups of 8 rows.
 // `across`: bytes between groups of 64 elements along the row, for an operand whose rows run along k.
 DEVICE u32 matrix(u32 address, u32 across = 16) { return across << 12 | (address & 0x3ffff) >> 4; }
@@ -149,8 +137,6 @@ DEVICE void store_matrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
                "r"(c), "r"(d)
                : "memory");
 }
-DEVICE void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // One arrival for this warp.
 DEVICE void release(u64* barrier) {
   if (lane_id() == 0) barrier_arrive(barrier);
@@ -366,7 +352,7 @@ struct Scores {
       store_matrix(p + (((2 * i + lane / 16) ^ (lane & 7)) << 4), to_bf16x2(x[8 * i], x[8 * i + 1]),
                    to_bf16x2(x[8 * i + 2], x[8 * i + 3]), to_bf16x2(x[8 * i + 4], x[8 * i + 5]),
                    to_bf16x2(x[8 * i + 6], x[8 * i + 7]));
-    fence_for_copies();
+    fence_for_engines();
     publish(part, factor, 0);
   }
   MEMBER void publish(int part, const float (&factor)[2], int last) {
@@ -520,7 +506,7 @@ DEVICE void accumulate(Shared& s, const Arguments& a, const Work& w, const Tenso
                  to_bf16x2(x[0] * factor[0], x[1] * factor[0]), to_bf16x2(x[2] * factor[1], x[3] * factor[1]),
                  to_bf16x2(x[4] * factor[0], x[5] * factor[0]), to_bf16x2(x[6] * factor[1], x[7] * factor[1]));
   }
-  fence_for_copies();
+  fence_for_engines();
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
   if (warp == 0 && lane == 0)
     store_box(out_map, to, w.row + part * a.row_step, chunk, w.head + part * a.head_step, w.b);
