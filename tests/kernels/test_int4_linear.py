@@ -204,5 +204,5 @@ def test_no_load_is_on_its_way_when_its_room_is_given_back(kernel, more, group, 
     assert listing.count("UBLKCP") >= 2
     assert listing.count("LDS") >= 10
     assert unread_loads(listing) == []
-    # A chunk of four products is waited for while the next is made ready; what the compiler cannot follow, it serializes.
+    # Four products at a time are waited for, while the next are made ready; the compiler must not wait for each.
     assert listing.count("WARPGROUP.DEPBAR") * 4 <= listing.count("HGMMA") + 4

@@ -1,5 +1,7 @@
 """decode.cu: every instantiation compiles; on a GPU, both forms against float64."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_checks import assert_repeatable, assert_within_budget, normal, poisoned_memory, rel_l2, ring_positions
@@ -16,8 +18,8 @@ SHARED_LIMIT = 227 * 1024
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 32, 64])
 def test_shared_memory_fits(head_dim: int, rows: int) -> None:
-    for items in (1, 4, 16, 33, 200):
-        split = split_of(head_dim, rows, items, H200)
+    for items, capacity in itertools.product((1, 4, 16, 33, 200), (4096, 4097)):
+        split = split_of(head_dim, rows, items, capacity, H200)
         assert split.shared_bytes(head_dim, positions=True) <= SHARED_LIMIT
         assert 8 * split.groups >= rows
         assert split.groups * split.teams <= 8
@@ -28,12 +30,15 @@ KINDS = {"plain": (False, False), "positions": (True, False), "fused": (False, T
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("head_dim", "rows", "items"),
-    [(64, 2, 4), (128, 8, 4), (256, 2, 16), (256, 16, 200), (512, 8, 4), (512, 8, 64), (512, 32, 4), (512, 64, 4)],
+    ("head_dim", "rows", "items", "capacity"),
+    [
+        *((64, 2, 4, 1024), (128, 8, 4, 1024), (256, 2, 16, 1024), (256, 16, 200, 1024)),
+        *((512, 8, 4, 4096), (512, 8, 4, 8192), (512, 8, 64, 8192), (512, 32, 4, 8192), (512, 64, 4, 8192)),
+    ],
 )
-def test_compiles_without_a_gpu(head_dim: int, rows: int, items: int, kind: str) -> None:
+def test_compiles_without_a_gpu(head_dim: int, rows: int, items: int, capacity: int, kind: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC")
-    split = split_of(head_dim, rows, items, H200)
+    split = split_of(head_dim, rows, items, capacity, H200)
     assert cuda.compiled(SOURCE, defines(split, head_dim, *KINDS[kind]), "sm_90a")
 
 

@@ -17,6 +17,8 @@ HEAD_DIMS = (64, 128, 256, 512)
 MOST_TOKENS, MOST_ROWS = 8, 64
 _LOG2E = math.log2(math.e)
 _TILE = 16
+_SHORT = 4096
+"""Slots of a cache up to which heads of 512 take clusters of eight."""
 _SHARED, _RESERVED = 228 * 1024, 1024
 """Bytes of shared memory of a multiprocessor, and what each block takes of it beside its own."""
 
@@ -52,13 +54,15 @@ class Split:
         return keys + sums + 16 * slots + 16 + 4 * positions * slots * self.groups * _TILE
 
 
-def split_of(head_dim: int, rows: int, items: int, multiprocessors: int) -> Split:
-    """The division for `rows` = G * T query rows of each of `items` = B * K kv heads, on a GPU of so many
-    multiprocessors."""
+def split_of(head_dim: int, rows: int, items: int, capacity: int, multiprocessors: int) -> Split:
+    """The division for `rows` = G * T query rows of each of `items` = B * K kv heads and caches of `capacity` slots, on
+    a GPU of so many multiprocessors."""
     groups = next(g for g in (1, 2, 4, 8) if rows <= 8 * g)
     teams = min(8 // groups, 8 if head_dim < 256 else 4)
     slots = {(512, 1): 3, (512, 2): 3, (512, 4): 5, (256, 1): 3}.get((head_dim, groups), max(4, groups))
-    for cluster in (4, 2, 1) if head_dim == 512 and groups == 1 else (8, 4, 2, 1):
+    # Large clusters leave more multiprocessors without one, but fewer sums for global memory, which short caches feel.
+    large = head_dim < 512 or groups > 1 or capacity <= _SHORT
+    for cluster in (8, 4, 2, 1) if large else (4, 2, 1):
         split = Split(groups, teams, slots, cluster, 1)
         blocks = min(2, _SHARED // (split.shared_bytes(head_dim, True) + _RESERVED))
         # The multiprocessors come in groups of 16 or 18, one perhaps of fewer: what is left over fills no cluster.
@@ -113,7 +117,7 @@ def decode(
         out = torch.empty(B, T, N, H, dtype=q.dtype, device=q.device).transpose(1, 2)
     elif out.shape != q.shape or out.dtype != q.dtype or not out.transpose(1, 2).is_contiguous():
         raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, a transposed view of a contiguous [B, T, N, H]")
-    split = split or split_of(H, N // K * T, B * K, cuda.multiprocessors(q.device))
+    split = split or split_of(H, N // K * T, B * K, C, cuda.multiprocessors(q.device))
     arguments = _Arguments(
         q=q.data_ptr(),
         k=k.data_ptr(),
@@ -192,7 +196,7 @@ def decode_fused(
         raise ValueError(f"out must be bfloat16 [{B}, {N * H}]")
     _check_lengths(position, "position", B)
     _check(qkv.view(B, -1, 1, H), k_cache, v_cache, N // K)
-    split = split or split_of(H, N // K, B * K, cuda.multiprocessors(qkv.device))
+    split = split or split_of(H, N // K, B * K, ring, cuda.multiprocessors(qkv.device))
     arguments = _Arguments(
         q=qkv.data_ptr(),
         k=k_cache.data_ptr(),
