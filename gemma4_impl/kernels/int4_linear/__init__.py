@@ -18,7 +18,7 @@ __all__ = ["AddNorm", "Tiles", "experts_linear", "fused_linear", "int4_linear"]
 def int4_linear(x: Tensor, weight: "CudaWeight", expert: int | None = None) -> Tensor:
     """x [..., K] bfloat16 on a GPU -> x @ W.T [..., N]: by one kernel for up to 16 tokens, by cuBLAS for more.
 
-    An |x| of 2^31 or more (2^27 times eight bits) overflows, of up to 16 tokens.
+    For one token an |x| of 2^31 or more (2^27 times eight bits) overflows, for 2 to 16 a scale of that size.
     A weight must not be used on two streams at once: its scratch would be, too. Raises ValueError for another K."""
     w = weight.matrix(expert)
     if x.shape[-1] != w.K:
