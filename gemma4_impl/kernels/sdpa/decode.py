@@ -17,8 +17,8 @@ HEAD_DIMS = (64, 128, 256, 512)
 MOST_TOKENS, MOST_ROWS = 8, 64
 _LOG2E = math.log2(math.e)
 _TILE = 16
-_SHORT = 4096
-"""Slots of a cache up to which heads of 512 take clusters of eight."""
+_SHORT, _FEW, _PARTS = 4096, 4, 12
+"""Slots of caches, and kv heads, up to which heads of 512 take clusters of eight, so many a head at most."""
 _SHARED, _RESERVED = 228 * 1024, 1024
 """Bytes of shared memory of a multiprocessor, and what each block takes of it beside its own."""
 
@@ -61,15 +61,17 @@ def split_of(head_dim: int, rows: int, items: int, capacity: int, multiprocessor
     teams = min(8 // groups, 8 if head_dim < 256 else 4)
     slots = {(512, 1): 3, (512, 2): 3, (512, 4): 5, (256, 1): 3}.get((head_dim, groups), max(4, groups))
     # Large clusters leave more multiprocessors without one, but fewer sums for global memory, which short caches feel.
-    large = head_dim < 512 or groups > 1 or capacity <= _SHORT
-    for cluster in (8, 4, 2, 1) if large else (4, 2, 1):
+    alike = head_dim < 512 or groups > 1
+    short = not alike and capacity <= _SHORT and items <= _FEW
+    for cluster in (8, 4, 2, 1) if alike or short else (4, 2, 1):
         split = Split(groups, teams, slots, cluster, 1)
         blocks = min(2, _SHARED // (split.shared_bytes(head_dim, True) + _RESERVED))
         # The multiprocessors come in groups of 16 or 18, one perhaps of fewer: what is left over fills no cluster.
         usable = multiprocessors if cluster <= 2 else multiprocessors * 10 // 11
         clusters = usable * blocks // cluster
         if items <= clusters:
-            return replace(split, clusters=clusters // items * items)
+            parts = min(clusters // items, _PARTS) if short else clusters // items
+            return replace(split, clusters=parts * items)
     return replace(split, clusters=clusters)
 
 
