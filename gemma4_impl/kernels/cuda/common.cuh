@@ -142,11 +142,9 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// 16 bytes, of which `copy_wait`, by the same thread, knows; zeros if not `valid`, and nothing is read then.
-DEVICE void copy16(void* shared, const void* global, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+// 16 bytes, of which `copy_wait`, by the same thread, knows.
+DEVICE void copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // What this thread has written to shared memory is seen by bulk copies and `wgmma` that are started later.
@@ -168,8 +166,6 @@ DEVICE void mma_from(float (&d)[4], const float (&c)[4], const u32 (&a)[4], cons
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-// d = a b, likewise
-DEVICE void mma_first(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_from(d, {0, 0, 0, 0}, a, b); }
 DEVICE void load_matrix(u32 (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

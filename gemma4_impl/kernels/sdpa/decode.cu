@@ -73,8 +73,6 @@ DEVICE u32 ticket_taken(u32* ticket) {
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
   return before;
 }
-// Ordinary accesses to shared memory come before later asynchronous copies to it.
-DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void add_scaled(float4& sum, float f, float4 x) {
   sum.x += f * x.x, sum.y += f * x.y, sum.z += f * x.z, sum.w += f * x.w;
 }
@@ -371,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
           store_vector(reinterpret_cast<bf16*>(row + slot * SLOT), new_k);
           store_vector(reinterpret_cast<bf16*>(row + v_slot * SLOT), new_v);
         }
-        proxy_fence();
+        fence_for_engines();
       }
       constexpr int BATCH = 4;
 #pragma unroll 1
@@ -650,7 +648,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       }
     }
     // Until here the block's sums were read; copies may overwrite them now.
-    proxy_fence();
+    fence_for_engines();
     if (CLUSTER > 1 && !PUSH) {
       cluster_arrive(), cluster_wait();
     } else {
