@@ -22,9 +22,9 @@ constexpr int X_STAGE = SPAN * COLUMNS * TOKENS * 2;  // bytes: [32 columns][4][
 constexpr int STAGE = SPAN * TILE;                    // of a warp's ring
 constexpr int LEAD = 2;                               // units of x that are not yet asked for when the next kernel may start
 constexpr int RELEASER = WARPS, COPIER = WARPS + 1, THREADS = (WARPS + 1 + COPIERS) * 32;
-// Tiles of so many stages are asked for before x, which would wait behind them. With 16 tokens it takes longer, and they.
+// Tiles of so many stages are asked for before x, which would wait behind more. Beyond 8 tokens, all: less took longer.
 constexpr int BEFORE_X = WIDE == 1 ? 1 : STAGES;
-constexpr int ASKED = (WARPS + COPIERS) * 32;         // threads that know of a barrier for that
+constexpr int ASKED = (WARPS + COPIERS) * 32;         // threads of the barrier between x and the rest
 // Whether the offset is subtracted from the codes: else scales times it are added, which must be exact.
 constexpr bool SUBTRACT = OFFSET && (SPLIT || ZERO || (OFFSET & (OFFSET - 1)));
 static_assert(WARPS % 4 == 0, "four multiply together");
