@@ -1,5 +1,6 @@
 """Four-bit linears on a GPU, against float64: at most twice the error of bfloat16 on dequantized weights."""
 
+import functools
 import itertools
 
 import pytest
@@ -44,6 +45,7 @@ def check(weight: QuantizedTensor, packed: CudaWeight, x: torch.Tensor) -> None:
     out = assert_repeatable(lambda: int4_linear(x, packed), times=4)
     assert_within_budget(out, truth, naive.int4_linear(x, weight))
     assert not packed.scratch.any()
+    assert (few.workspace(x.device) == -1).all()
 
 
 @pytest.mark.parametrize(("bits", "group", "zero", "offset"), FORMATS)
@@ -117,6 +119,35 @@ def test_few_tokens_give_the_same_bits_a_thousand_times(M, group):
         for out, expected in zip(outs, first, strict=True):
             wrong += (out != expected).any()
     assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("M", [4, 16])
+def test_what_is_not_a_number_reaches_those_it_concerns_only(M, value):
+    """Sums that blocks of threads leave for each other are NaN until they are there."""
+    weight = on_gpu(6, 5376, 8192, 4, 32, False, 8)
+    x = normal(M, 8192, seed=0, dtype=BF16, device="cuda")
+    packed, clean = CudaWeight(weight, BF16), x.clone()
+    x[1, ::911] = value
+    out = int4_linear(x, packed)
+    others = [i for i in range(M) if i != 1]
+    assert not out[1].isfinite().any()
+    assert torch.equal(out[others], int4_linear(clean, packed)[others])
+    assert (few.workspace(x.device) == -1).all()
+
+
+def test_the_first_product_of_a_few_tokens_is_not_captured(monkeypatch):
+    monkeypatch.setattr(few, "workspace", functools.cache(few.workspace.__wrapped__))
+    weight = CudaWeight(on_gpu(7, 64, 256, 4, 32, False, 8), BF16)
+    x = normal(2, 256, seed=0, dtype=BF16, device="cuda")
+    with pytest.raises(RuntimeError, match="before a graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        int4_linear(x, weight)
+    expected = int4_linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = int4_linear(x, weight)
+    graph.replay()
+    assert torch.equal(out, expected)
 
 
 def test_rows_dequantized_are_the_naive_ones_bit_for_bit():

@@ -13,9 +13,9 @@ from gemma4_impl.quant.cuda import ROWS
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST = 16
-BLOCKS, SPAN, STAGES, X_STAGES, COPIERS = 12, 2, 2, 4, 2
-"""Row blocks and tiles of each at a time, stages of the rings, and warps that fetch x."""
-SIZES = {"BLOCKS": BLOCKS, "SPAN": SPAN, "STAGES": STAGES, "X_STAGES": X_STAGES, "COPIERS": COPIERS}
+BLOCKS, STAGES, X_STAGES, COPIERS, SETS = 12, 2, 4, 4, 2
+"""Row blocks at a time, stages of the rings, and warps that fetch x, in sets that take turns."""
+SIZES = {"BLOCKS": BLOCKS, "STAGES": STAGES, "X_STAGES": X_STAGES, "COPIERS": COPIERS, "SETS": SETS}
 """The same as macros of few.cu."""
 _SLICE_BYTES = 48 << 20
 """Of dequantized weights at a time."""
@@ -23,28 +23,27 @@ _SLICE_BYTES = 48 << 20
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials", "flags")),
+        *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials")),
         *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "share", "longer")),
         ("zero", ctypes.c_uint32),
     ]
 
 
 def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
-    """x [M, K] times a matrix -> out [M, N], for M up to 16; all bfloat16 and contiguous."""
+    """x [M, K] times a matrix -> out [M, N], for M up to 16; all bfloat16 and contiguous. Calls on a device share a
+    workspace: they must be on one stream at a time. Raises RuntimeError if the first of them is captured in a graph."""
     M = len(x)
     row_blocks, columns = weight.tiles.shape[-3:-1]
-    units = -(-row_blocks // BLOCKS) * -(-columns // SPAN)
+    units = -(-row_blocks // BLOCKS) * columns
     blocks = min(cuda.multiprocessors(x.device), units)
     wide = 1 if M <= 8 else 2
-    stage = BLOCKS * (SPAN * weight.tile_bytes + 8)
-    x_stage = SPAN * 8 * wide * 512 + 16
-    partials = torch.empty(blocks, BLOCKS * 32 * 4 * wide, dtype=torch.float32, device=x.device)
+    stage = BLOCKS * (weight.tile_bytes + 8)
+    x_stage = 8 * wide * 512 + 16
     arguments = _Arguments(
         weight=weight.tiles.data_ptr(),
         x=x.data_ptr(),
         out=out.data_ptr(),
-        partials=partials.data_ptr(),
-        flags=weight.scratch.data_ptr(),
+        partials=workspace(x.device).data_ptr(),
         m=M,
         n=weight.N,
         k=weight.K,
@@ -54,8 +53,17 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         longer=units % blocks,
     )
     function = cuda.kernel(SOURCE, "few", {**weight.defines, **SIZES, "WIDE": wide, "OFFSET": weight.offset})
-    shared = STAGES * stage + X_STAGES * x_stage + 8
-    function(blocks, (BLOCKS + 1 + COPIERS) * 32, [arguments], shared=shared, overlap=overlap)
+    shared = STAGES * stage + X_STAGES * x_stage
+    function(blocks, (BLOCKS + COPIERS) * 32, [arguments], shared=shared, overlap=overlap)
+
+
+@functools.cache
+def workspace(device: torch.device) -> Tensor:
+    """Where blocks of threads leave sums for each other, int32; all -1 between calls. Kept, since graphs hold its
+    address: 3 MB."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("products with 2 to 16 tokens share a workspace: multiply once before a graph is captured")
+    return torch.full((cuda.multiprocessors(device), 2 * 2 * BLOCKS * 32 * 4), -1, dtype=torch.int32, device=device)
 
 
 def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
@@ -64,7 +72,7 @@ def dequantize(weight: Tiles, start: int, out: Tensor, stream: torch.cuda.Stream
     columns = weight.tiles.shape[-2]
     function = cuda.kernel(SOURCE, "dequantize_rows", {**weight.defines, **SIZES, "WIDE": 1, "OFFSET": weight.offset})
     tiles = weight.tiles[start // ROWS :]
-    args = [tiles, out, columns, len(out), weight.K, weight.offset]
+    args = [tiles, out, columns, len(out), weight.K]
     warps = 8
     function((-(-columns // warps), -(-len(out) // ROWS)), 32 * warps, args, stream=stream)
 
