@@ -64,21 +64,31 @@ class _Quick(Tapped):
 
 
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Fault, str], tuple[Path, Baseline]]:
-    """One checkpoint of few layers a variant, with and without images; one baseline a checkpoint, dtype and length."""
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Fault, str], Path]:
+    """One checkpoint of few layers a variant, with and without images."""
     checkpoints: dict[tuple, Path] = {}
-    baselines: dict[tuple, Baseline] = {}
 
-    def make(fault: Fault, variant: str) -> tuple[Path, Baseline]:
+    def make(fault: Fault, variant: str) -> Path:
         key = variant, fault.images
         if key not in checkpoints:
             layers = _LAYERS[variant] | {"num_hidden_layers": len(_LAYERS[variant]["layer_types"])}
             folder = tmp_path_factory.mktemp("jax") / variant
             checkpoints[key] = make_tiny(variant, folder, multimodal=fault.images, overrides=layers)
-        key = (*key, fault.dtype, fault.length)
+        return checkpoints[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base_of(checkpoint_of: Callable[[Fault, str], Path]) -> Callable[[Fault, str], tuple[Path, Baseline]]:
+    """One baseline a checkpoint, dtype and length."""
+    baselines: dict[tuple, Baseline] = {}
+
+    def make(fault: Fault, variant: str) -> tuple[Path, Baseline]:
+        path, key = checkpoint_of(fault, variant), (variant, fault.images, fault.dtype, fault.length)
         if key not in baselines:
-            baselines[key] = baseline_of(fault, checkpoints[key[:2]])
-        return checkpoints[key[:2]], baselines[key]
+            baselines[key] = baseline_of(fault, path)
+        return path, baselines[key]
 
     return make
 
@@ -131,10 +141,10 @@ def test_what_faults_are_put_into_is_green_without_them(inject: Inject, variant:
 
 
 @pytest.mark.parametrize("variant", ALL)
-def test_faults_stay_in_their_own_model(variant: str, base_of, found: Find, compiled: dict) -> None:
+def test_faults_stay_in_their_own_model(variant: str, checkpoint_of, found: Find, compiled: dict) -> None:
     for fault in (JAX_FAULTS | JAX_IMAGE_FAULTS).values():
         if variant == ("E2B" if "E2B" in fault.variants else fault.variants[-1]):
-            fault.inject(JaxCandidate(base_of(fault, variant)[0]))
+            fault.inject(JaxCandidate(checkpoint_of(fault, variant)))
     # What was compiled before would hide a class that is broken now.
     compiled.clear()
     healthy = Fault("none", "nothing is wrong", lambda candidate: None, named("embed"), images=variant == "E2B")
