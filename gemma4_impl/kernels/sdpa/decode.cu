@@ -79,6 +79,7 @@ DEVICE void add_scaled(float4& sum, float f, float4 x) {
 DEVICE void prefetch_bulk(const void* global, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 DEVICE int value_at(const void* p, int wide, int i) {
   return wide ? static_cast<int>(static_cast<const i64*>(p)[i]) : static_cast<const i32*>(p)[i];
 }
@@ -174,7 +175,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   u32* const is_last = reinterpret_cast<u32*>(received_stats + CLUSTER * ROWS);
   i32* const key_positions = reinterpret_cast<i32*>(is_last + 2);  // [WARPS][SLOTS][TILE], POSITIONS
 
-  if (!FUSED && !a.early) grid_wait();
+  if (!FUSED && !a.early) {
+    // What is read first may come to the L2 meanwhile: the length, and the first row's queries, a part by each block.
+    const int i = blockIdx.x * THREADS + threadIdx.x, row = i / (H / 64);
+    if (i == 0 && a.length) prefetch(a.length);
+    if (row < a.heads * a.tokens)
+      prefetch(a.q + row / a.tokens * a.q_head + row % a.tokens * a.q_token + i % (H / 64) * 64);
+    grid_wait();
+  }
   const int lane = lane_id(), warp = threadIdx.x / 32, team = warp % TEAMS, group = warp / TEAMS;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
