@@ -146,7 +146,7 @@ class CudaWeight(PackedWeight):
         return torch.empty(matrices, -(-N // ROWS), columns, self.tile_bytes, dtype=torch.uint8, device=self.device)
 
     def _scratch(self) -> None:
-        # What blocks of threads tell each other: flags, a count, and sums of row blocks that they share; all left 0.
+        # What blocks of threads tell each other: a count, and sums of row blocks that they share; all left 0.
         self.register_buffer(
             "scratch", torch.zeros(1024, 2 * ROWS + 1, dtype=torch.int32, device=self.device), persistent=False
         )

@@ -19,7 +19,8 @@ def int4_linear(x: Tensor, weight: "CudaWeight", expert: int | None = None) -> T
     """x [..., K] bfloat16 on a GPU -> x @ W.T [..., N]: by one kernel for up to 16 tokens, by cuBLAS for more.
 
     For one token an |x| of 2^31 or more (2^27 times eight bits) overflows, for 2 to 16 a scale of that size.
-    A weight must not be used on two streams at once: its scratch would be, too. Raises ValueError for another K."""
+    A weight must not be used on two streams at once, nor any weights of a device with 2 to 16 tokens: they share
+    scratch. Raises ValueError for another K, RuntimeError if the first product with 2 to 16 tokens is captured."""
     w = weight.matrix(expert)
     if x.shape[-1] != w.K:
         raise ValueError(f"x has {x.shape[-1]} columns, the weight {w.K}")
