@@ -142,6 +142,8 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// A line, to the L2 only
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 // 16 bytes, of which `copy_wait`, by the same thread, knows.
 DEVICE void copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
@@ -177,6 +179,12 @@ DEVICE void load_matrix_transposed(u32 (&r)[4], const void* shared) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(shared))
                : "memory");
+}
+// Row i of the 8 x 8 whose column i this was; a word is two neighbours in a row.
+DEVICE u32 transposed(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // A warpgroup's products, which are waited for; of those committed the last `pending` may still run.

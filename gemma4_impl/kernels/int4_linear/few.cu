@@ -39,6 +39,7 @@ struct Arguments {
   int m, n, k, columns, row_blocks;
   int share, longer;  // units of a block, of which so many have one more
   u32 zero;           // 0, which the compiler does not know
+  int aligned;        // rows of `out` begin at multiples of 8 bytes
 };
 
 DEVICE u32 pair_of(float x) { return to_bf16x2(x, x); }
@@ -141,6 +142,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
     for (int s = from; s < to; ++s)
       fetch(ring + (s * BLOCKS + warp) * TILE, filled + s * BLOCKS + warp, last - first - s);
   };
+  if (warp >= COPIER) {  // meanwhile x may come to the L2, a part by each block
+    constexpr int EACH = COPIERS * 32, LINE = 64;
+    const int x_size = a.m * a.k;
+    for (int i = (blockIdx.x * EACH + threadIdx.x - COPIER * 32) * LINE; i < x_size; i += gridDim.x * EACH * LINE)
+      prefetch(a.x + i);
+  }
   if (warp < WARPS) fetch_first(0, BEFORE_X);
   __syncthreads();  // a warp's own barriers are all that its first tiles need
   grid_wait();
@@ -198,15 +205,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
   float d[TOKENS / 2];
   int stage = 0, parity = 0, x_stage = 0, x_parity = 0, group = first / columns;
   const auto sum_of = [&](int i) { return float4{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]}; };
-  // Sums number e of the group
+  // Sums number e of the group; a warp's 32 are those that a warp has. Four rows of a token by each lane: whole sectors.
   const auto write = [&](int group, int e, const float4& sum) {
-    const int thread = e % (BLOCKS * 32), g = thread % 32 / 4, t = thread % 4;
-    const float y[4] = {sum.x, sum.y, sum.z, sum.w};
+    __syncwarp();
+    const u32 low = transposed(to_bf16x2(sum.x * LOWERED, sum.y * LOWERED));
+    const u32 high = transposed(to_bf16x2(sum.z * LOWERED, sum.w * LOWERED));
+    const int token = e / (BLOCKS * 32) * 8 + g, n = (group * BLOCKS + e / 32 % BLOCKS) * ROWS + 4 * t;
+    u32 y[2];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int token = e / (BLOCKS * 32) * 8 + 2 * t + j % 2;
-      const int n = (group * BLOCKS + thread / 32) * ROWS + g + j / 2 * 8;
-      if (token < a.m && n < a.n) a.out[i64{token} * a.n + n] = to_bf16(y[j] * LOWERED);
+    for (int i = 0; i < 2; ++i) {
+      const int from = lane / 4 * 4 + t % 2 * 2 + i;
+      const u32 of_low = __shfl_sync(0xffffffffu, low, from), of_high = __shfl_sync(0xffffffffu, high, from);
+      y[i] = t < 2 ? of_low : of_high;
+    }
+    bf16* const to = a.out + i64{token} * a.n + n;
+    if (token >= a.m || n >= a.n) return;
+    if (a.aligned) {
+      *reinterpret_cast<uint2*>(to) = {y[0], y[1]};
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (n + i < a.n) to[i] = to_bf16(i % 2 ? high_float(y[i / 2]) : low_float(y[i / 2]));
     }
   };
   // A block has a place for what another has begun, and one for what it begins.
@@ -307,8 +326,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
     int from = blockIdx.x, to = from + 1;
     while (start_of(from) > begin) --from;
     while (start_of(to) < end) ++to;
-    const int n = to - from, i = blockIdx.x - from, e = SUMS * i / n + threadIdx.x;
-    if (n == 2 || e >= SUMS * (i + 1) / n) return;
+    const int n = to - from, i = blockIdx.x - from, e = SUMS / 32 * i / n * 32 + threadIdx.x;
+    if (n == 2 || e >= SUMS / 32 * (i + 1) / n * 32) return;
     float4 sum = {0, 0, 0, 0};
     constexpr int BATCH = 8;  // at once: one by one, each would take a trip to the L2
     for (int other = 0; other < n; other += BATCH) {

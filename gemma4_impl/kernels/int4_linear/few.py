@@ -26,6 +26,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("weight", "x", "out", "partials")),
         *((name, ctypes.c_int32) for name in ("m", "n", "k", "columns", "row_blocks", "share", "longer")),
         ("zero", ctypes.c_uint32),
+        ("aligned", ctypes.c_int32),
     ]
 
 
@@ -51,6 +52,7 @@ def few(weight: Tiles, x: Tensor, out: Tensor, overlap: bool = True) -> None:
         row_blocks=row_blocks,
         share=units // blocks,
         longer=units % blocks,
+        aligned=weight.N % 4 == 0 and out.data_ptr() % 8 == 0,
     )
     function = cuda.kernel(SOURCE, "few", {**weight.defines, **SIZES, "WIDE": wide, "OFFSET": weight.offset})
     shared = STAGES * stage + X_STAGES * x_stage

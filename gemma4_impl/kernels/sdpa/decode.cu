@@ -41,11 +41,6 @@ struct Arguments {
   float scale, eps;  // scale includes log2(e)
 };
 
-DEVICE u32 transposed(u32 x) {
-  u32 y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 DEVICE float4 cluster_load4(u32 address) {
   float4 x;
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -79,7 +74,6 @@ DEVICE void add_scaled(float4& sum, float f, float4 x) {
 DEVICE void prefetch_bulk(const void* global, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
-DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 DEVICE int value_at(const void* p, int wide, int i) {
   return wide ? static_cast<int>(static_cast<const i64*>(p)[i]) : static_cast<const i32*>(p)[i];
 }
