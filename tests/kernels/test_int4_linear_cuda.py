@@ -73,7 +73,9 @@ def test_shapes(N, units, M, seed):
     check(weight, CudaWeight(weight, BF16), normal(M, 32 * units, seed=seed, dtype=BF16, device="cuda"))
 
 
-@pytest.mark.parametrize(("N", "K"), [(5376, 8192), (5376, 21504), (43008, 5376), (20000, 5376), (60000, 672)])
+@pytest.mark.parametrize(
+    ("N", "K"), [(5376, 8192), (5375, 8192), (5376, 21504), (43008, 5376), (20000, 5376), (60000, 672)]
+)
 def test_real_shapes(N, K):
     weight = on_gpu(1, N, K, 4, 32, False, 8)
     packed = CudaWeight(weight, BF16)

@@ -26,6 +26,8 @@ constexpr int TEAM = COPIERS / SETS;                  // warps that fetch the sa
 constexpr int BEFORE_X = WIDE == 1 ? 1 : STAGES;
 constexpr int SUMS = WIDE * BLOCKS * 32;              // of a block, in fours
 constexpr u32 NOT_YET = 0xffffffff;                   // instead of a partial sum
+constexpr int ADDERS = 3;                             // of the blocks that share rows; the others leave at once
+static_assert(SUMS <= ADDERS * BLOCKS * 32, "a thread adds up one of the sums");
 // Whether the offset is subtracted from the codes: else scales times it are added, which must be exact.
 constexpr bool SUBTRACT = OFFSET && (SPLIT || ZERO || (OFFSET & (OFFSET - 1)));
 static_assert(WARPS % 4 == 0, "four multiply together");
@@ -318,16 +320,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
       send_all(begun);
     }
   }
-  // Of what more than two blocks have parts, each adds up a share, always in the same order. Only now: by now all have
-  // sent theirs, or are about to.
+  // Of what more than two blocks have parts, the last of them each add up a share, always in the same order. Only now: by
+  // now all have sent theirs, or are about to.
   const auto add_up = [&](int group) {
     const int begin = group * columns, end = begin + columns;
     if (first <= begin && last >= end) return;
     int from = blockIdx.x, to = from + 1;
     while (start_of(from) > begin) --from;
     while (start_of(to) < end) ++to;
-    const int n = to - from, i = blockIdx.x - from, e = SUMS / 32 * i / n * 32 + threadIdx.x;
-    if (n == 2 || e >= SUMS / 32 * (i + 1) / n * 32) return;
+    const int n = to - from, adders = min(n, ADDERS), i = blockIdx.x - to + adders;
+    const int e = SUMS / 32 * i / adders * 32 + threadIdx.x;
+    if (n == 2 || i < 0 || e >= SUMS / 32 * (i + 1) / adders * 32) return;
     float4 sum = {0, 0, 0, 0};
     constexpr int BATCH = 8;  // at once: one by one, each would take a trip to the L2
     for (int other = 0; other < n; other += BATCH) {
