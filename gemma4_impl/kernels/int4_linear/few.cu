@@ -26,8 +26,8 @@ constexpr int TEAM = COPIERS / SETS;                  // warps that fetch the sa
 constexpr int BEFORE_X = WIDE == 1 ? 1 : STAGES;
 constexpr int SUMS = WIDE * BLOCKS * 32;              // of a block, in fours
 constexpr u32 NOT_YET = 0xffffffff;                   // instead of a partial sum
-constexpr int ADDERS = 3;                             // of the blocks that share rows; the others leave at once
-static_assert(SUMS <= ADDERS * BLOCKS * 32, "a thread adds up one of the sums");
+constexpr int ADDERS = 3;                             // at most, of the blocks that share rows; the others leave at once
+static_assert(SUMS <= 2 * BLOCKS * 32, "a thread of each of two adds up one of the sums");
 // Whether the offset is subtracted from the codes: else scales times it are added, which must be exact.
 constexpr bool SUBTRACT = OFFSET && (SPLIT || ZERO || (OFFSET & (OFFSET - 1)));
 static_assert(WARPS % 4 == 0, "four multiply together");
@@ -328,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few(const __grid_consta
     int from = blockIdx.x, to = from + 1;
     while (start_of(from) > begin) --from;
     while (start_of(to) < end) ++to;
-    const int n = to - from, adders = min(n, ADDERS), i = blockIdx.x - to + adders;
+    const int n = to - from, adders = min(n - 1, ADDERS), i = blockIdx.x - to + adders;
     const int e = SUMS / 32 * i / adders * 32 + threadIdx.x;
     if (n == 2 || i < 0 || e >= SUMS / 32 * (i + 1) / adders * 32) return;
     float4 sum = {0, 0, 0, 0};
