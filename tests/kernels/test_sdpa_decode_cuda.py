@@ -1,6 +1,8 @@
 """decode.cu: every instantiation compiles; on a GPU, both forms against float64."""
 
+import functools
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from kernel_checks import assert_repeatable, assert_within_budget, normal, poiso
 from torch import Tensor
 
 from gemma4_impl.kernels import cuda
+from gemma4_impl.kernels.sdpa import decode as module
 from gemma4_impl.kernels.sdpa.decode import HEAD_DIMS, SOURCE, decode, decode_fused, defines, split_of
 from gemma4_impl.kernels.sdpa.naive import sdpa
 
@@ -148,6 +151,46 @@ def test_graph_follows_the_length() -> None:
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, decode(q, k, v, length))
+
+
+@pytest.mark.cuda
+def test_the_first_call_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_workspace", functools.cache(module._workspace.__wrapped__))
+    q = normal(1, 32, 1, 512, seed=0, dtype=torch.bfloat16, device="cuda")
+    k, v, _ = _cache([3000], 4, 3000, 512, 10)
+    length = torch.tensor([1000], dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match="before a graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        decode(q, k, v, length)
+    decode(q, k, v, length)
+
+
+LATE = """
+#include "common.cuh"
+extern "C" __global__ void write_late(i32* p, i32 x) {
+  grid_trigger();
+  for (int i = 0; i < 100; ++i) __nanosleep(500);
+  p[threadIdx.x] = x;
+}
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("K", "H", "C"), [(4, 512, 3000), (16, 256, 1024)])
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_length_that_the_kernel_before_writes_late(B: int, K: int, H: int, C: int, tmp_path: Path) -> None:
+    """The kernel starts while that one runs, and sees another length at first."""
+    (tmp_path / "late.cu").write_text(LATE)
+    write_late = cuda.kernel(tmp_path / "late.cu", "write_late")
+    q = normal(B, 32, 1, H, seed=0, dtype=torch.bfloat16, device="cuda")
+    k, v, _ = _cache([C] * B, K, C, H, 10)
+    for before, after in itertools.permutations((0, 5, 700, C, C + 300, -(2**31), 2**31 - 1), 2):
+        if not 0 < after <= C + 300:
+            continue
+        length = torch.full((B,), after, dtype=torch.int32, device="cuda")
+        wanted = decode(q, k, v, length, window=None if after <= C else 900)
+        length.fill_(before)
+        write_late(1, B, [length, after])
+        assert torch.equal(decode(q, k, v, length, window=None if after <= C else 900), wanted)
 
 
 def _rotated(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:

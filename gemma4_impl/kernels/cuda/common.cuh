@@ -142,11 +142,28 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier)
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// A TMA descriptor
+struct alignas(64) TensorMap {
+  u8 bytes[128];
+};
+// A box [1, 1, chunks, rows, 64] of a tensor [B, heads, H / 64, rows, 64] of bfloat16
+DEVICE void copy_box(u32 shared, const TensorMap& map, int row, int chunk, int head, int b, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+      "[%7];" ::"r"(shared),
+      "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(head), "r"(b), "r"(shared_address(barrier))
+      : "memory");
+}
+DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 // A line, to the L2 only
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 // 16 bytes, of which `copy_wait`, by the same thread, knows.
 DEVICE void copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+// `barrier` waits for what this thread has asked for by copy16, too.
+DEVICE void barrier_await_copies(u64* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // What this thread has written to shared memory is seen by bulk copies and `wgmma` that are started later.

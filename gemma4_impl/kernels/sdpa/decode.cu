@@ -14,16 +14,15 @@ constexpr int H = HEAD_DIM;
 constexpr int TILE = 16;
 constexpr int ROWS = 8 * GROUPS;
 constexpr int WARPS = GROUPS * TEAMS, THREADS = 32 * WARPS;
-// In shared memory, 16 bytes follow each pair of keys, and each query: 8 of them then start in different banks.
-constexpr int KEY = 2 * H, PAIR = 2 * KEY + 16, SLOT = TILE / 2 * PAIR;
-constexpr int PITCH = 2 * H + 16;
+constexpr int KEY = 2 * H, SLOT = TILE * KEY;
+constexpr int CHUNK = TILE * 128;   // bytes of 64 dims of a tile, which copies swizzle
+constexpr int PITCH = 2 * H + 16;   // bytes of a query: eight of them start in different banks
 constexpr bool Q_IN_REGISTERS = H < 512;
 constexpr bool PUSH = CLUSTER > 1 && GROUPS == 1;  // partial sums go to the block that merges them; else it fetches them
 constexpr int SLICE = H / 4 / CLUSTER;             // float4 columns that a block of a cluster merges
-constexpr int O_PITCH = H + 4;  // floats of a row of partial sums
 constexpr float NONE = -1e30f;  // below every score, yet finite: NONE - NONE is 0
 constexpr float SLACK = 8;      // weights may grow to 2^8 before the running maximum follows
-static_assert(GROUPS + PUSH <= SLOTS, "partial sums take the place of slots");
+static_assert(GROUPS + PUSH <= SLOTS, "partial sums, and what is received, take the place of slots");
 
 struct Arguments {
   const bf16* q;  // [B, N, T, H], or FUSED: [B, (N + 2K) H]
@@ -36,7 +35,9 @@ struct Arguments {
   float* partial;
   u32* tickets;
   i64 q_row, q_head, q_token, kv_row, kv_head, k_position_row;
-  i32 batch, heads, kv_heads, tokens, capacity, window, wide_length, k_eq_v, early;
+  u64 capacity_inverse;  // 2^64 / capacity, upwards
+  i32 batch, heads, kv_heads, group, tokens, capacity, window, wide_length, k_eq_v, early;
+  u32 tokens_inverse;              // 2^16 / tokens, upwards
   u32 per_head, per_head_inverse;  // clusters that may share the head of a single row, else 0; and 2^32 / that, upwards
   float scale, eps;  // scale includes log2(e)
 };
@@ -74,17 +75,28 @@ DEVICE void add_scaled(float4& sum, float f, float4 x) {
 DEVICE void prefetch_bulk(const void* global, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
+// From the L2: an earlier kernel may write it between two looks.
 DEVICE int value_at(const void* p, int wide, int i) {
-  return wide ? static_cast<int>(static_cast<const i64*>(p)[i]) : static_cast<const i32*>(p)[i];
+  return wide ? static_cast<int>(__ldcg(static_cast<const i64*>(p) + i)) : __ldcg(static_cast<const i32*>(p) + i);
 }
+
+// Where the 16 bytes of a tile are that hold `dim` of `key`
+DEVICE u32 swizzled(int key, int dim) { return dim / 64 * CHUNK + key * 128 + ((dim / 8 % 8 ^ key % 8) << 4); }
+
+// Division is slow: quotients of few rows, and x mod capacity (Lemire, Kaser, Kurz: Faster remainder by direct computation).
+DEVICE u32 head_of(const Arguments& a, u32 row) { return row * a.tokens_inverse >> 16; }
+DEVICE u32 token_of(const Arguments& a, u32 row) { return row - head_of(a, row) * a.tokens; }
+DEVICE int slot_of(const Arguments& a, u32 x) { return __umul64hi(a.capacity_inverse * x, a.capacity); }
 
 // Positions (POSITIONS: slots) lo .. hi - 1 hold every key that a query of the row may see.
 struct Range {
   int lo, hi, first;  // first: the position of the first query
   __device__ int tiles() const { return hi > lo ? (hi - lo + TILE - 1) / TILE : 1; }
 };
-DEVICE Range range_of(const Arguments& a, int b) {
-  const int length = a.length ? value_at(a.length, a.wide_length, b) + FUSED : a.capacity;
+DEVICE int length_of(const Arguments& a, int b) {
+  return a.length ? max(0, value_at(a.length, a.wide_length, b)) + FUSED : a.capacity;
+}
+DEVICE Range range_of(const Arguments& a, int length) {
   const int first = length - a.tokens, lo = max(0, length - a.capacity);
   if (POSITIONS) return {0, a.k_positions ? a.capacity : min(length, a.capacity), first};
   return {a.window ? max(lo, first - a.window + 1) : lo, length, first};
@@ -132,6 +144,17 @@ DEVICE void store_vector(bf16* x, const Vector& y) {
   for (int i = 0; i < PAIRS; ++i) low.x[i] = to_bf16(y.low[i]), high.x[i] = to_bf16(y.high[i]);
   reinterpret_cast<Packed*>(x)[lane_id()] = low, reinterpret_cast<Packed*>(x + H / 2)[lane_id()] = high;
 }
+// As a key of a tile
+DEVICE void store_key(u8* tile, int key, const Vector& y) {
+  const int dim = lane_id() * PAIRS;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Packed x;
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) x.x[i] = to_bf16(half ? y.high[i] : y.low[i]);
+    *reinterpret_cast<Packed*>(tile + swizzled(key, half * H / 2 + dim) + dim % 8 * 2) = x;
+  }
+}
 DEVICE Vector normed(const Vector& x, float eps) {
   float sum = 0;
 #pragma unroll
@@ -154,8 +177,10 @@ DEVICE Vector rotated(const Vector& x, const Vector& weight, const Turn& turn) {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Arguments a) {
-  extern __shared__ __align__(128) u8 memory[];
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+           const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) u8 memory[];
   u8* const slots = memory;                                    // [TEAMS][SLOTS][SLOT]
   u8* const q_rows = slots + TEAMS * SLOTS * SLOT;             // [ROWS][PITCH]
   float* const team_m = reinterpret_cast<float*>(q_rows + ROWS * PITCH);  // [TEAMS][ROWS]
@@ -169,22 +194,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   u32* const is_last = reinterpret_cast<u32*>(received_stats + CLUSTER * ROWS);
   i32* const key_positions = reinterpret_cast<i32*>(is_last + 2);  // [WARPS][SLOTS][TILE], POSITIONS
 
-  if (!FUSED && !a.early) {
+  if (!FUSED) {
     // What is read first may come to the L2 meanwhile: the length, and the first row's queries, a part by each block.
     const int i = blockIdx.x * THREADS + threadIdx.x, row = i / (H / 64);
     if (i == 0 && a.length) prefetch(a.length);
     if (row < a.heads * a.tokens)
-      prefetch(a.q + row / a.tokens * a.q_head + row % a.tokens * a.q_token + i % (H / 64) * 64);
-    grid_wait();
+      prefetch(a.q + head_of(a, row) * a.q_head + token_of(a, row) * a.q_token + i % (H / 64) * 64);
   }
   const int lane = lane_id(), warp = threadIdx.x / 32, team = warp % TEAMS, group = warp / TEAMS;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-  Range range = range_of(a, 0);
 
   u64* const my_full = full + team * SLOTS;
   u64* const my_empty = empty + team * SLOTS;
   u8* const my_slots = slots + team * SLOTS * SLOT;
+  if (threadIdx.x == 0) prefetch_map(k_map), prefetch_map(v_map);
   if (group == 0 && lane < SLOTS) {
     barrier_init(my_full + lane, 1), barrier_init(my_empty + lane, GROUPS);
     barrier_init_fence();
@@ -203,62 +227,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   load_packed(q_weight, a.q_norm);
   if (a.k_norm && warp == 0) load_packed(k_weight, a.k_norm);
 #endif
-  bool waited = FUSED || a.early ? false : true;
+  bool waited = false;
   const auto wait = [&]() {
     if (!waited) grid_wait();
     waited = true;
   };
+  const int G = a.group, rows = G * a.tokens, r0 = group * 8 + lane % 4 * 2;
+  constexpr int STRIDE = CLUSTER * TEAMS;
 
-  // 1. This cluster's share of the list of (row, kv head, tile): from `at` to `end`
-  const int G = a.heads / a.kv_heads, rows = G * a.tokens;
-  u32 at = 0, end = 0, kv = 0, per_head = 0, parts = 0, total = 0;
+  // 1. This cluster's share of the list of (row, kv head, tile), from `at` to `end`, and of it the item at `at`
+  u32 at = 0, end = 0, kv = 0, per_head = 0, parts = 0, total = 0, before = 0;  // before: tiles of the rows before b
+  u32 item_start, item_end;
+  int b = 0, first, last, lo_slot, newest_at, q_at[2], lowest, highest, tile;
+  bool nothing;
+  Range range;
   const auto start_of = [&](u32 part) { return total * part / parts; };
-  if (a.per_head) {
-    // Division is slow. A head that gives no team two tiles is not split over clusters, and none gets an empty part.
-    const u32 tiles = range.tiles();
-    per_head = tiles <= CLUSTER * TEAMS || tiles < a.per_head ? 1 : a.per_head;
-    const auto divided = [&](u32 x) { return per_head == 1 ? x : __umulhi(x, a.per_head_inverse); };
-    kv = divided(cluster);
-    const u32 part = cluster - kv * per_head;
-    if (kv < a.kv_heads) at = kv * tiles + divided(tiles * part), end = kv * tiles + divided(tiles * (part + 1));
-  } else {
-#pragma unroll 1
-    for (int b = 0; b < a.batch; ++b) total += range_of(a, b).tiles() * a.kv_heads;
-    parts = min(clusters, total);
-    if (cluster < parts) at = start_of(cluster), end = start_of(cluster + 1);
-  }
-
-  const u32 my_start = at;
-  int slot = 0, b = 0;
-  u32 phase = 0, received_phase = 0, before = 0;  // before: tiles of the rows before b
-  if (at == end) {
-    wait();
-    grid_trigger();
-  }
-  while (at < end) {
+  const auto find = [&]() {
 #pragma unroll 1
     while (at >= before + range.tiles() * a.kv_heads) {
       before += range.tiles() * a.kv_heads;
-      range = range_of(a, ++b);
+      range = range_of(a, length_of(a, ++b));
     }
     const u32 tiles = range.tiles();
     if (!a.per_head) kv = (at - before) / tiles;
-    const u32 item_start = before + kv * tiles, item_end = item_start + tiles;
-    const int first = at - item_start, last = min(end, item_end) - item_start;
-    const bool nothing = range.hi <= range.lo;
-    bf16* const k = a.k + b * a.kv_row + kv * a.kv_head;
-    bf16* const v = a.v + b * a.kv_row + kv * a.kv_head;
-
+    item_start = before + kv * tiles, item_end = item_start + tiles;
+    first = at - item_start, last = min(end, item_end) - item_start;
+    nothing = range.hi <= range.lo;
+    tile = nothing ? last : first + team * CLUSTER + rank;
     // Tiles are counted from the newest key backwards; the oldest tile repeats the oldest key in front.
-    const int lo_slot = POSITIONS ? 0 : range.lo < a.capacity ? range.lo : range.lo % a.capacity;
-    const int newest_at = FUSED && a.k_norm ? range.hi - 1 : -1;
-    const int r0 = group * 8 + lane % 4 * 2;
-    int q_at[2], lowest = 0x7fffffff, highest = -1;
+    lo_slot = POSITIONS ? 0 : slot_of(a, range.lo);
+    newest_at = FUSED && a.k_norm ? range.hi - 1 : -1;
     const auto position_of = [&](int t) {
       return POSITIONS && a.q_positions ? static_cast<int>(a.q_positions[i64(b) * a.tokens + t]) : range.first + t;
     };
 #pragma unroll
-    for (int i = 0; i < 2; ++i) q_at[i] = r0 + i < rows ? position_of((r0 + i) % a.tokens) : -1;
+    for (int i = 0; i < 2; ++i) q_at[i] = r0 + i < rows ? position_of(token_of(a, r0 + i)) : -1;
+    lowest = 0x7fffffff, highest = -1;
     if (POSITIONS) {
 #pragma unroll 1
       for (int t = 0; t < a.tokens; ++t) {
@@ -268,11 +272,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     } else {
       lowest = max(range.first, 0), highest = range.hi - 1;
     }
+  };
+  const auto slot_from = [&](int oldest) {
+    const int start = lo_slot + oldest - range.lo;
+    return start < a.capacity ? start : start - a.capacity;
+  };
+  const auto load_q = [&]() {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < rows * (H / 8); i += THREADS) {
+      const int row = i / (H / 8), head = kv * G + head_of(a, row), column = i % (H / 8);
+      const bf16* const from = a.q + b * a.q_row + head * a.q_head + token_of(a, row) * a.q_token;
+      copy16(q_rows + row * PITCH + column * 16, from + column * 8);
+    }
+  };
+  bool q_asked = false;
+  const bool ahead = FUSED || a.early;  // of the wait, lengths and the cache are read
+  if (!ahead && (POSITIONS || !a.per_head)) wait();
+#pragma unroll 1
+  while (true) {
+    const int length = length_of(a, 0);
+    range = range_of(a, length);
+    if (a.per_head) {
+      // A head that gives no team two tiles is not split over clusters, and none gets an empty part.
+      const u32 tiles = range.tiles();
+      per_head = tiles <= CLUSTER * TEAMS || tiles < a.per_head ? 1 : a.per_head;
+      const auto divided = [&](u32 x) { return per_head == 1 ? x : __umulhi(x, a.per_head_inverse); };
+      kv = divided(cluster);
+      const u32 part = cluster - kv * per_head;
+      at = end = 0;
+      if (kv < a.kv_heads) at = kv * tiles + divided(tiles * part), end = kv * tiles + divided(tiles * (part + 1));
+    } else {
+#pragma unroll 1
+      for (int b = 0; b < a.batch; ++b) total += range_of(a, length_of(a, b)).tiles() * a.kv_heads;
+      parts = min(clusters, total);
+      if (cluster < parts) at = start_of(cluster), end = start_of(cluster + 1);
+    }
+    if (at < end) find();
+    if (ahead || waited) break;
+    // The length may still change, but most likely it does not.
+    wait();
+    const int now = length_of(a, 0);
+    if (at < end) load_q();
+    q_asked = true;
+    if (now == length) break;
+    copy_wait(), q_asked = false;
+  }
+
+  const u32 my_start = at;
+  int slot = 0;
+  u32 phase = 0, received_phase = 0;
+  if (at == end) {
+    wait();
+    grid_trigger();
+  }
+  while (at < end) {
+    bf16* const k = a.k + b * a.kv_row + kv * a.kv_head;
+    bf16* const v = a.v + b * a.kv_row + kv * a.kv_head;
 
     // 2. Copies: a cursor runs over this team's tiles, K then V of each.
-    constexpr int STRIDE = CLUSTER * TEAMS;
-    int tile = nothing ? last : first + team * CLUSTER + rank, issued = 0, key_at = 0, source = 0;
-    bool is_v = false;
+    int issued = 0, key_at = 0, source = 0;
+    bool is_v = false, wrote = false;  // wrote: slots, otherwise than by the copy engine
     const auto seek = [&]() {  // the next tile with a key that some query sees
       for (; tile < last; tile += STRIDE) {
         const int index = tile * TILE + lane % TILE;
@@ -280,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         if (index < range.hi) {
           const int length = range.first + a.tokens;
           key_at = a.k_positions ? static_cast<int>(a.k_positions[b * a.k_position_row + index])
-                                 : length - 1 - (length - 1 - index) % a.capacity;
+                                 : length - 1 - slot_of(a, length - 1 - index);
         }
         const bool seen = key_at >= 0 && key_at <= highest && (!a.window || key_at > lowest - a.window);
         const u32 any = __ballot_sync(0xffffffffu, seen);
@@ -293,33 +352,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       if (tile >= last) return;
       if (POSITIONS && !is_v && lane < TILE) key_positions[(warp * SLOTS + into) * TILE + lane] = key_at;
       if (group == 0) {
-        const bf16* const from = is_v ? v : k;
         u8* const to = my_slots + into * SLOT;
         const int oldest = range.hi - TILE * (tile + 1);
-        int start = lo_slot + oldest - range.lo;
-        if (start >= a.capacity) start -= a.capacity;
-        const bool is_newest = FUSED && newest_at >= 0 && tile == 0;
-        if (!POSITIONS && !is_newest && oldest >= range.lo && start + TILE <= a.capacity) {
+        const int start = slot_from(oldest);
+        if (!POSITIONS && oldest >= range.lo && start + TILE <= a.capacity) {
+          if (wrote) fence_for_engines();
           if (lane == 0) {
-            barrier_expect(my_full + into, TILE * KEY);
-#pragma unroll
-            for (int i = 0; i < TILE / 2; ++i) {
-              copy_bulk(to + i * PAIR, from + i64(start + 2 * i) * H, 2 * KEY, my_full + into);
-            }
+            barrier_expect(my_full + into, SLOT);
+            copy_box(shared_address(to), is_v ? v_map : k_map, start, 0, kv, b, my_full + into);
           }
         } else {
+          // Keys from anywhere, 16 bytes by each lane at a time
           bool skip = false;
           if (!POSITIONS) {
             const int position = max(oldest + lane % TILE, range.lo);
             source = lo_slot + position - range.lo;
             if (source >= a.capacity) source -= a.capacity;
-            skip = is_newest && position == newest_at;
+            skip = position == newest_at;
           }
-          const int copied = !is_newest ? TILE : newest_at == range.lo ? 0 : TILE - 1;
-          if (lane == 0) barrier_expect(my_full + into, copied * KEY);
-          if (lane < TILE && !skip) {
-            copy_bulk(to + lane / 2 * PAIR + lane % 2 * KEY, from + i64(source) * H, KEY, my_full + into);
+          const bf16* const from = is_v ? v : k;
+#pragma unroll 4
+          for (int e = lane; e < TILE * H / 8; e += 32) {
+            const int key = e / (H / 8), dim = e % (H / 8) * 8, row = __shfl_sync(0xffffffffu, skip ? -1 : source, key);
+            if (row >= 0) copy16(to + swizzled(key, dim), from + i64(row) * H + dim);
           }
+          barrier_await_copies(my_full + into);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(my_full + into);
+          wrote = true;
         }
       }
       if (is_v) {
@@ -330,24 +390,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       }
       is_v = !is_v;
     };
-    const auto load_q = [&]() {
-#pragma unroll 2
-      for (int i = threadIdx.x; i < rows * (H / 8); i += THREADS) {
-        const int row = i / (H / 8), head = kv * G + row / a.tokens, column = i % (H / 8);
-        const bf16* const from = a.q + b * a.q_row + head * a.q_head + row % a.tokens * a.q_token;
-        copy16(q_rows + row * PITCH + column * 16, from + column * 8);
-      }
-    };
-    const bool q_first = !FUSED && waited;  // else it would queue behind the keys
-    if (q_first) load_q();
+    // Else they would queue behind the keys.
+    if (!FUSED && waited && !q_asked) load_q(), q_asked = true;
 #pragma unroll 1
     for (int i = 0; i < SLOTS; ++i) fetch(slot + i < SLOTS ? slot + i : slot + i - SLOTS);
 
     if (!waited && !POSITIONS && group == 0) {
       // The next tile, which has no slot yet, may come to the L2.
       const int oldest = range.hi - TILE * (tile + 1);
-      int start = lo_slot + oldest - range.lo;
-      if (start >= a.capacity) start -= a.capacity;
+      const int start = slot_from(oldest);
       if (lane < 2 && tile < last && oldest >= range.lo && start + TILE <= a.capacity) {
         prefetch_bulk((lane ? v : k) + i64(start) * H, TILE * KEY);
       }
@@ -360,16 +411,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       wait();
       const bf16* const x = a.q + b * a.q_row;
       if (newest_at >= 0 && first == 0 && rank == 0 && warp == 0) {  // its tile is the first of team 0
-        const i64 offset = i64(newest_at % a.capacity) * H;
+        const i64 offset = i64(slot_of(a, newest_at)) * H;
         const int value_head = a.heads + (a.k_eq_v ? 0 : a.kv_heads) + kv;
         const Vector raw_k = load_vector(x + (a.heads + kv) * H), raw_v = load_vector(x + value_head * H);
         const Vector new_k = rotated(normed(raw_k, a.eps), unpacked(k_weight), turn), new_v = normed(raw_v, a.eps);
         store_vector(k + offset, new_k), store_vector(v + offset, new_v);
         const int v_slot = slot + 1 < SLOTS ? slot + 1 : 0;
+        barrier_wait(my_full + slot, phase), barrier_wait(my_full + v_slot, slot + 1 < SLOTS ? phase : phase ^ 1);
         for (int i = newest_at == range.lo ? 0 : TILE - 1; i < TILE; ++i) {
-          u8* const row = my_slots + i / 2 * PAIR + i % 2 * KEY;
-          store_vector(reinterpret_cast<bf16*>(row + slot * SLOT), new_k);
-          store_vector(reinterpret_cast<bf16*>(row + v_slot * SLOT), new_v);
+          store_key(my_slots + slot * SLOT, i, new_k), store_key(my_slots + v_slot * SLOT, i, new_v);
         }
         fence_for_engines();
       }
@@ -389,7 +439,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
 #else
     wait();
-    if (!q_first) load_q();
+    if (!q_asked) load_q();
+    q_asked = false;
     copy_wait();
 #endif
 #pragma unroll 1
@@ -430,17 +481,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           u32 x[4];
-          load_matrix(x, keys + lane % 8 * PAIR + lane / 8 % 2 * KEY + lane / 16 * 16 + i * 64 + j * 32);
+          load_matrix(x, keys + swizzled(lane % 16, i * 32 + j * 16 + lane / 16 * 8));
           mma(s4[i % 2 * 2 + j], x, {y[2 * j], y[2 * j + 1]});
         }
       }
       float s[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[i] = (s4[0][i] + s4[1][i] + s4[2][i] + s4[3][i]) * a.scale;
-      int at0 = range.hi - TILE * (now + 1) + lane / 4 * 2, at1 = at0 + 1;
+      int at0 = range.hi - TILE * (now + 1) + lane / 4, at1 = at0 + 8;
       if (POSITIONS) {
-        const i32* const p = key_positions + (warp * SLOTS + slot) * TILE + lane / 4 * 2;
-        at0 = p[0], at1 = p[1];
+        const i32* const p = key_positions + (warp * SLOTS + slot) * TILE + lane / 4;
+        at0 = p[0], at1 = p[8];
       }
       const int oldest = range.hi - TILE * (now + 1), youngest = oldest + TILE - 1;
       if (POSITIONS || oldest < range.lo || youngest > lowest || (a.window && oldest <= highest - a.window)) {
@@ -475,15 +526,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll
       for (int i = 0; i < H / 16; ++i) {
         u32 x[4];
-        load_matrix_transposed(x, values + lane % 8 * PAIR + lane / 16 * KEY + lane / 8 % 2 * 16 + i * 32);
+        load_matrix_transposed(x, values + swizzled(lane % 8 + lane / 16 * 8, i * 16 + lane / 8 % 2 * 8));
         mma(o[i], x, p);
       }
       release();
     }
 
     // 5. The sum over a block's teams, of which each block of the cluster is sent its columns
+    // Floats of a team's sums, [rows][H]: those of a lane's rows are in different banks than its neighbours'.
     const auto sums = [&](int t) { return reinterpret_cast<float*>(slots + t * SLOTS * SLOT); };
-    float4* const inbox = reinterpret_cast<float4*>(slots + SLOT);  // [CLUSTER][rows][SLICE], PUSH
+    const auto place_of = [&](int row, int column) { return row * H + (column ^ row / 2 % 4 * 8); };
+    float4* const inbox = reinterpret_cast<float4*>(slots + GROUPS * SLOT);  // [CLUSTER][rows][SLICE], PUSH
     if (PUSH) {
       if (threadIdx.x == 0) barrier_expect(received, CLUSTER * rows * (16 * SLICE + 8));
       __syncwarp();
@@ -496,9 +549,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       for (int step = 4; step < 32; step *= 2) l[i] += __shfl_xor_sync(0xffffffffu, l[i], step);
       if (lane < 4) team_m[team * ROWS + r0 + i] = m[i], team_l[team * ROWS + r0 + i] = l[i];
       if (r0 + i < rows) {
-        float* const row = sums(team) + (r0 + i) * O_PITCH + lane / 4;
 #pragma unroll
-        for (int d = 0; d < H / 16; ++d) row[d * 16] = o[d][i], row[d * 16 + 8] = o[d][i + 2];
+        for (int d = 0; d < H / 16; ++d) {
+          sums(team)[place_of(r0 + i, d * 16 + lane / 4)] = o[d][i];
+          sums(team)[place_of(r0 + i, d * 16 + 8 + lane / 4)] = o[d][i + 2];
+        }
       }
     }
     __syncthreads();
@@ -531,7 +586,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         sum[i] = {0, 0, 0, 0};
 #pragma unroll
         for (int t = 0; t < TEAMS; ++t) {
-          const float4 x = *reinterpret_cast<float4*>(sums(t) + row * O_PITCH + e % (H / 4) * 4);
+          const float4 x = *reinterpret_cast<float4*>(sums(t) + place_of(row, e % (H / 4) * 4));
           add_scaled(sum[i], exp2f(team_m[t * ROWS + row] - top), x);
         }
       }
@@ -544,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
           float4* const to = inbox + (rank * rows + row) * SLICE + column % SLICE;
           push4(cluster_address(to, owner), sum[i], cluster_address(received, owner));
         } else {
-          *reinterpret_cast<float4*>(sums(0) + row * O_PITCH + column * 4) = sum[i];
+          *reinterpret_cast<float4*>(sums(0) + place_of(row, column * 4)) = sum[i];
         }
       }
     }
@@ -567,13 +622,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     };
     const u32 my_place = 2 * cluster + (at != my_start);
     const auto write = [&](int row, int column, float4 sum, float l) {
-      const int head = kv * G + row / a.tokens, t = row % a.tokens;
+      const int head = kv * G + head_of(a, row), t = token_of(a, row);
       const float f = l > 0 ? 1 / l : 0;
       bf16* const to = a.out + ((i64(b) * a.tokens + t) * a.heads + head) * H;
       reinterpret_cast<uint2*>(to)[column] = {to_bf16x2(sum.x * f, sum.y * f), to_bf16x2(sum.z * f, sum.w * f)};
     };
     for (int e = threadIdx.x; e < rows * SLICE; e += THREADS) {
-      const int row = e / SLICE, column = rank * SLICE + e % SLICE, offset = row * O_PITCH + column * 4;
+      const int row = e / SLICE, column = rank * SLICE + e % SLICE, offset = place_of(row, column * 4);
       float2 stats[CLUSTER];
       float4 x[CLUSTER];
 #pragma unroll
@@ -657,5 +712,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
       __syncthreads();
     }
     at = item_start + last;
+    if (at < end) find();
   }
 }

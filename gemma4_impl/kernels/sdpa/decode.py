@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gemma4_impl.kernels import cuda
+from gemma4_impl.kernels.cuda import TensorMap
 from gemma4_impl.kernels.sdpa.naive import check
+from gemma4_impl.kernels.sdpa.prefill import boxes
 
 SOURCE = Path(__file__).with_name("decode.cu")
 HEAD_DIMS = (64, 128, 256, 512)
@@ -28,9 +30,10 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("q", "k", "v", "out", "length", "q_positions", "k_positions")),
         *((name, ctypes.c_uint64) for name in ("q_norm", "k_norm", "inv_freq", "partial", "tickets")),
         *((name, ctypes.c_int64) for name in ("q_row", "q_head", "q_token", "kv_row", "kv_head", "k_position_row")),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "tokens", "capacity", "window")),
+        ("capacity_inverse", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "group", "tokens", "capacity", "window")),
         *((name, ctypes.c_int32) for name in ("wide_length", "k_eq_v", "early")),
-        *((name, ctypes.c_uint32) for name in ("per_head", "per_head_inverse")),
+        *((name, ctypes.c_uint32) for name in ("tokens_inverse", "per_head", "per_head_inverse")),
         *((name, ctypes.c_float) for name in ("scale", "eps")),
     ]
 
@@ -49,9 +52,9 @@ class Split:
     def shared_bytes(self, head_dim: int, positions: bool) -> int:
         rows, pitch = 8 * self.groups, 2 * head_dim + 16
         slots = self.teams * self.slots
-        keys = slots * _TILE // 2 * (4 * head_dim + 16) + rows * pitch
         sums = (8 * self.teams + 8 + 8 * self.cluster) * rows
-        return keys + sums + 16 * slots + 16 + 4 * positions * slots * self.groups * _TILE
+        tiles = slots * (_TILE * 2 * head_dim + 16 + 4 * positions * self.groups * _TILE)
+        return tiles + rows * pitch + sums + 16
 
 
 def split_of(head_dim: int, rows: int, items: int, capacity: int, multiprocessors: int) -> Split:
@@ -60,6 +63,9 @@ def split_of(head_dim: int, rows: int, items: int, capacity: int, multiprocessor
     groups = next(g for g in (1, 2, 4, 8) if rows <= 8 * g)
     teams = min(8 // groups, 8 if head_dim < 256 else 4)
     slots = {(512, 1): 3, (512, 2): 3, (512, 4): 5, (256, 1): 3}.get((head_dim, groups), max(4, groups))
+    if (head_dim, groups) == (256, 1) and items > multiprocessors * 10 // 11 // 8:
+        # Some multiprocessors get two blocks of clusters of eight: of this size the next launch's find room as well.
+        teams, slots = 2, 4
     # Large clusters leave more multiprocessors without one, but fewer sums for global memory, which short caches feel.
     alike = head_dim < 512 or groups > 1
     short = not alike and capacity <= _SHORT and items <= _FEW
@@ -102,7 +108,7 @@ def decode(
         overlap: read positions, `length` and the cache while the kernel before this one still runs: as `decode_fused`,
             and the new tokens must be in the cache by then, too.
     Returns `out`. Its workspace is shared by all calls on a device, which must therefore be on one stream at a time.
-    Raises ValueError for what it does not compute."""
+    Raises ValueError for what it does not compute, RuntimeError if the first call of its size is captured."""
     B, N, T, H = q.shape
     K, C = k.shape[1], k.shape[2]
     check(q, k, v, q_positions, k_positions, None)
@@ -145,7 +151,7 @@ def decode(
         scale=scale * _LOG2E,
     )
     positions = q_positions is not None or k_positions is not None
-    _launch(arguments, split, H, positions, False, True, q.device)
+    _launch(arguments, split, k, v, positions, False, True)
     return out
 
 
@@ -179,7 +185,7 @@ def decode_fused(
         overlap: start while the kernel before this one still runs. `position`, and in the caches all that earlier
             tokens (and, for a KV-shared layer, its producer) wrote, are read before that one has ended: they must have
             been written earlier, and every kernel in between must have called `grid_wait` before `grid_trigger`.
-    Returns `out`. Shares `decode`'s workspace. Raises ValueError for what it does not compute."""
+    Returns `out`. Shares `decode`'s workspace. Raises as `decode` does."""
     B, H = qkv.shape[0], q_norm.shape[0]
     K = k_cache.shape[1]
     extra = 0 if k_norm is None else K if k_eq_v else 2 * K
@@ -223,7 +229,7 @@ def decode_fused(
         scale=_LOG2E,
         eps=eps,
     )
-    _launch(arguments, split, H, False, True, overlap, qkv.device)
+    _launch(arguments, split, k_cache, v_cache, False, True, overlap)
     return out
 
 
@@ -243,24 +249,29 @@ def defines(split: Split, head_dim: int, positions: bool, fused: bool) -> dict[s
 def _launch(
     arguments: _Arguments,
     split: Split,
-    head_dim: int,
+    k: Tensor,
+    v: Tensor,
     positions: bool,
     fused: bool,
     overlap: bool,
-    device: torch.device,
 ) -> None:
+    head_dim = k.shape[3]
+    arguments.group = arguments.heads // arguments.kv_heads
+    arguments.tokens_inverse = 2**16 // arguments.tokens + 1
+    arguments.capacity_inverse = (2**64 - 1) // arguments.capacity + 1
     if arguments.batch == 1:
         arguments.per_head = split.clusters // arguments.kv_heads
         arguments.per_head_inverse = -(-(2**32) // max(2, arguments.per_head))
-    rows = arguments.heads // arguments.kv_heads * arguments.tokens
+    rows = arguments.group * arguments.tokens
     sums = 2 * split.clusters * rows * (head_dim + 2 * split.cluster)
-    partial, tickets = _workspace(device, _power_of_two(sums), _power_of_two(arguments.batch * arguments.kv_heads * 16))
+    heads = arguments.batch * arguments.kv_heads
+    partial, tickets = _workspace(k.device, _power_of_two(sums), _power_of_two(heads * 16))
     arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    kernel = cuda.kernel(SOURCE, "decode", defines(split, head_dim, positions, fused))
-    kernel(
+    box = (1, 1, head_dim // 64, _TILE, 64)
+    cuda.kernel(SOURCE, "decode", defines(split, head_dim, positions, fused))(
         split.cluster * split.clusters,
         32 * split.groups * split.teams,
-        [arguments],
+        [TensorMap(boxes(k), box), TensorMap(boxes(v), box), arguments],
         shared=split.shared_bytes(head_dim, positions),
         cluster=split.cluster,
         overlap=overlap,
@@ -298,6 +309,8 @@ def _power_of_two(n: int) -> int:
 @functools.cache
 def _workspace(device: torch.device, sums: int, tickets: int) -> tuple[Tensor, Tensor]:
     """Partial sums, and tickets that every launch leaves at 0; kept, since graphs hold their addresses."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("decode attention shares a workspace: call it once before a graph is captured")
     return (
         torch.empty(sums, dtype=torch.float32, device=device),
         torch.zeros(tickets, dtype=torch.int32, device=device),

@@ -6,10 +6,6 @@
 #define MEMBER __device__ __forceinline__
 #define INF __int_as_float(0x7f800000)
 
-struct alignas(64) TensorMap {
-  u8 bytes[128];
-};
-
 constexpr int H = HEAD_DIM;
 constexpr int KEYS = 64;                          // keys of a tile
 constexpr int PARTS = H == 512 ? 1 : 2;           // groups of 64 query rows in a block
@@ -116,15 +112,8 @@ DEVICE void multiply_values(float* d, u32 a, int a_offset, u32 b, int b_offset) 
         : "r"(a), "r"(a_offset / 16), "r"(b), "r"(b_offset / 16));
 }
 
-// Copies of boxes [1, 1, chunks, rows, 64] of a tensor [B, heads, H / 64, rows, 64]
+// Copies of boxes, likewise
 
-DEVICE void copy_box(u32 shared, const TensorMap& map, int row, int chunk, int head, int b, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
-      "[%7];" ::"r"(shared),
-      "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(head), "r"(b), "r"(shared_address(barrier))
-      : "memory");
-}
 DEVICE void store_box(const TensorMap& map, u32 shared, int row, int chunk, int head, int b) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];\n"

@@ -92,10 +92,10 @@ def prefill(
         if ends is not None:
             args.ends, args.end_stride = ends.data_ptr(), ends.stride(0)
     maps = [
-        TensorMap(_boxes(q), (1, 1, H // 64, _ROWS, 64)),
-        TensorMap(_boxes(k), (1, 1, min(H, 128) // 64, _KEYS, 64)),
-        TensorMap(_boxes(v), (1, 1, H // 64, min(64, 8192 // H), 64)),
-        TensorMap(_boxes(out), (1, 1, min(H, 256) // 64, _ROWS, 64)),
+        TensorMap(boxes(q), (1, 1, H // 64, _ROWS, 64)),
+        TensorMap(boxes(k), (1, 1, min(H, 128) // 64, _KEYS, 64)),
+        TensorMap(boxes(v), (1, 1, H // 64, min(64, 8192 // H), 64)),
+        TensorMap(boxes(out), (1, 1, min(H, 256) // 64, _ROWS, 64)),
     ]
     rows = _ROWS if together else _ROWS * parts
     blocks = -(-T // rows) * B * N // (parts if together else 1)
@@ -117,6 +117,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _boxes(x: Tensor) -> Tensor:
+def boxes(x: Tensor) -> Tensor:
     """[B, heads, L, H] -> [B, heads, H / 64, L, 64], the order in which the copy engine lays a box out."""
     return x.unflatten(3, (-1, 64)).transpose(2, 3)
