@@ -1,10 +1,11 @@
 """The fault catalogue: mistakes that porters make, each with the tap where the engine must find it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma4_impl.config import TextConfig
+from parity import PATHS
 from parity.candidate import TorchCandidate
 from parity.compare import Comparison
 from parity.engine import DTYPES, Baseline, baseline, judge
@@ -27,12 +28,13 @@ IMAGE_FAULTS = {fault.name: fault for fault in IMAGES}
 """By name; these take multimodal checkpoints."""
 
 
-def baseline_of(fault: Fault, checkpoint: str | Path) -> Baseline:
-    """What `find` holds the fault against: in its dtype, on as many tokens as it takes to show."""
+def baseline_of(fault: Fault, checkpoint: str | Path, paths: Sequence[str] = PATHS) -> Baseline:
+    """What `find` holds the fault against: in its dtype, on as many tokens as it takes to show; the reference also runs
+    in the chunks of `paths`, which only widens what is allowed."""
     path = Path(checkpoint)
     tokens = default_tokens(TextConfig.from_file(path), path, fault.length)
     tokens, images = place(path, tokens, drawn() if fault.images else ())
-    return baseline(path, tokens, DTYPES[fault.dtype], images=images)
+    return baseline(path, tokens, DTYPES[fault.dtype], paths=paths, images=images)
 
 
 def find(
