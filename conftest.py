@@ -113,3 +113,15 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     from reference.tiny import make_tiny
 
     return cache(lambda variant: make_tiny(variant, tmp_path_factory.mktemp("images") / variant, multimodal=True))
+
+
+@pytest.fixture(scope="session")
+def short_images(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """variant -> folder of a checkpoint like `tiny_images`' with `short`'s layers, made once a session."""
+    from reference.tiny import SHORT, make_tiny
+
+    def make(variant: str) -> Path:
+        folder = tmp_path_factory.mktemp("short-images") / variant
+        return make_tiny(variant, folder, multimodal=True, overrides=SHORT[variant])
+
+    return cache(make)
