@@ -4,7 +4,7 @@ import gc
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,17 @@ import torch
 
 # On models this small, threads mostly wait for each other; benchmarks set their own number.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On a CPU, where compiling takes most of the time of JAX tests, XLA spends as little on it as it can, unless there
+    are benchmarks among what is run. JAX reads this when it is imported, which no conftest does."""
+    bench = config.rootpath / "bench"
+    named = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
+    named = named if config.args_source is pytest.Config.ArgsSource.ARGS else []
+    timed = config.getoption("benchmark_only", False) or any(bench in (path, *path.parents) for path in named)
+    if not timed and not torch.cuda.is_available():
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -84,6 +95,20 @@ def quiet_heap() -> None:
     more of what is timed."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """For what XLA's own roundings decide: JAX compiles as it does outside of tests."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    if before:
+        # The setting is no part of what compiled functions are found by.
+        jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 Checkpoints = Callable[[str], Path]

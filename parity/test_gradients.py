@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import pytest
 import torch
 from click.testing import CliRunner
@@ -58,14 +57,6 @@ def base_of(tmp_path_factory) -> Bases:
         return path, made[variant, dtype]
 
     return make
-
-
-@pytest.fixture
-def quickly_compiled():
-    """Half the time to compile, for what no rounding decides."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def exact(found: dict[str, Tensor], base: grad.Baseline) -> None:
@@ -124,6 +115,7 @@ CASES += [("jax", variant, torch.float32) for variant in SHORT]
 CASES += [("jax", variant, torch.bfloat16) for variant in ("E2B", "26B-A4B")]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("candidate", "variant", "dtype"), CASES, ids=str)
 def test_every_gradient_is_in_budget(candidate, variant, dtype, base_of):
     path, base = base_of(variant, dtype)
@@ -135,7 +127,7 @@ def test_every_gradient_is_in_budget(candidate, variant, dtype, base_of):
 
 
 @pytest.mark.parametrize("variant", WITH_IMAGES)
-def test_float64_is_exact(variant, base_of, quickly_compiled):
+def test_float64_is_exact(variant, base_of):
     path, base = base_of(variant)
     given = base.batch, base.routing, base.forced
     torches = grad.TorchGradients(TorchCandidate(path, torch.float64, weights=torch.float32))
@@ -265,7 +257,7 @@ def test_a_fault_is_named(name, base_of):
     assert (first.tap, first.origin) == (fault.named, "created"), first
 
 
-def test_padding_counted_in_the_mean_is_named(base_of, monkeypatch, quickly_compiled):
+def test_padding_counted_in_the_mean_is_named(base_of, monkeypatch):
     path, base = base_of("31B")
     own = train.loss
     monkeypatch.setattr(train, "loss", lambda logits, *args: own(logits, *args[:2], logits[..., 0].size))

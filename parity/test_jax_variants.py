@@ -16,7 +16,7 @@ from parity.inputs import default_tokens
 from parity.test_random_configs import overrides
 from reference.tiny import make_tiny
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimized")]
 VARIANTS = ("E2B", "E4B", "26B-A4B", "31B")
 # Rounding in float64: 6e-15 is the most that was measured.
 EXACT = 1e-12

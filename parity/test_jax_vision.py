@@ -33,6 +33,7 @@ def test_soft_tokens_in_float64(variant, tiny_images):
 
 
 # `gemma4 parity` runs all of KINDS in both dtypes, in full and through generate, with more layers.
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("variant", "dtype"), [("E2B", "float32"), ("31B", "float32"), ("26B-A4B", "bfloat16")])
 def test_every_tap_is_in_budget(variant, dtype, short_images):
     path = short_images(variant)

@@ -9,6 +9,8 @@ import pytest
 
 from gemma4_impl.nnx import elementary
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 EPS = float(np.finfo(np.float32).eps)
 
 

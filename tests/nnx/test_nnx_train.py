@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,13 +22,6 @@ DENSE = dataclasses.replace(CONFIG, enable_moe_block=False)
 EPS = float(np.finfo(np.float32).eps)
 B, T = 2, 12
 DTYPES = st.sampled_from(["float32", "bfloat16"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def made(config: TextConfig = DENSE, **options: object) -> Gemma4:

@@ -49,6 +49,7 @@ def without_jax(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_both_candidates_are_told_apart_and_set_beside_the_reference(checkpoint, tmp_path):
     options = ("--candidate", "jax", "--candidate", "torch", "--dtype", "float32", "--path", "full")
     result = run("parity", checkpoint, *options, "--device", "cpu", "-o", tmp_path)
