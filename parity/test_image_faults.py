@@ -20,22 +20,22 @@ _CASES = [
 
 
 @pytest.fixture(scope="module")
-def base_of(tiny_images: Callable[[str], Path]) -> Callable[[str], Baseline]:
+def base_of(short_images: Callable[[str], Path]) -> Callable[[str], Baseline]:
     """One baseline a variant: the faults differ in nothing else that it depends on."""
     made: dict[str, Baseline] = {}
 
     def make(variant: str) -> Baseline:
         if variant not in made:
-            made[variant] = baseline_of(IMAGES[0], tiny_images(variant))
+            made[variant] = baseline_of(IMAGES[0], short_images(variant))
         return made[variant]
 
     return make
 
 
 @pytest.mark.parametrize(("fault", "variant"), _CASES)
-def test_fault_is_named_where_it_is(fault: Fault, variant: str, tiny_images, base_of) -> None:
+def test_fault_is_named_where_it_is(fault: Fault, variant: str, short_images, base_of) -> None:
     base = base_of(variant)
-    found = find(fault, tiny_images(variant), base)
+    found = find(fault, short_images(variant), base)
     assert found.red
     first = found.first_divergence
     assert first is not None
@@ -43,12 +43,12 @@ def test_fault_is_named_where_it_is(fault: Fault, variant: str, tiny_images, bas
 
 
 @pytest.mark.parametrize("variant", KINDS)
-def test_faults_stay_in_their_own_model(variant: str, tiny_images, base_of) -> None:
+def test_faults_stay_in_their_own_model(variant: str, short_images, base_of) -> None:
     for fault in IMAGES:
         if variant in fault.variants:
-            fault.inject(TorchCandidate(tiny_images(variant)))
+            fault.inject(TorchCandidate(short_images(variant)))
     healthy = Fault("none", "nothing is wrong", lambda candidate: None, IMAGES[0].tap)
-    found = find(healthy, tiny_images(variant), base_of(variant))
+    found = find(healthy, short_images(variant), base_of(variant))
     assert not found.red, found.first_divergence
 
 
