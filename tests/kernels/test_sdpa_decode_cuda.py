@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from kernel_checks import assert_repeatable, assert_within_budget, normal, poisoned_memory, rel_l2, ring_positions
 from torch import Tensor
 
 from gemma4_impl.kernels import cuda
 from gemma4_impl.kernels.sdpa import decode as module
-from gemma4_impl.kernels.sdpa.decode import HEAD_DIMS, SOURCE, decode, decode_fused, defines, split_of
+from gemma4_impl.kernels.sdpa.decode import HEAD_DIMS, SOURCE, decode, decode_fused, defines, inverses, split_of
 from gemma4_impl.kernels.sdpa.naive import sdpa
 
 H200 = 132
@@ -26,6 +28,16 @@ def test_shared_memory_fits(head_dim: int, rows: int) -> None:
         assert split.shared_bytes(head_dim, positions=True) <= SHARED_LIMIT
         assert 8 * split.groups >= rows
         assert split.groups * split.teams <= 8
+
+
+@given(st.integers(1, 8), st.integers(0, 8191), st.integers(1, 2**31 - 1), st.integers(0, 2**32 - 1))
+@example(1, 8191, 1, 2**32 - 1)
+def test_products_with_inverses_divide(tokens: int, row: int, capacity: int, position: int) -> None:
+    of_tokens, of_capacity = inverses(tokens, capacity)
+    assert of_tokens < 2**32
+    assert of_capacity < 2**64
+    assert row * of_tokens >> 16 == row // tokens
+    assert (of_capacity * position % 2**64) * capacity >> 64 == position % capacity
 
 
 KINDS = {"plain": (False, False), "positions": (True, False), "fused": (False, True)}

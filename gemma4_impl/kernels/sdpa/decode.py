@@ -246,6 +246,12 @@ def defines(split: Split, head_dim: int, positions: bool, fused: bool) -> dict[s
     }
 
 
+def inverses(tokens: int, capacity: int) -> tuple[int, int]:
+    """What decode.cu divides by: row // tokens is row times the first, over 2^16, for rows below 2^16 / tokens; the low
+    64 bits of x times the second, times `capacity`, over 2^64, are x % capacity for any x below 2^32."""
+    return 2**16 // tokens + 1, (2**64 - 1) // capacity + 1 & 2**64 - 1
+
+
 def _launch(
     arguments: _Arguments,
     split: Split,
@@ -257,8 +263,7 @@ def _launch(
 ) -> None:
     head_dim = k.shape[3]
     arguments.group = arguments.heads // arguments.kv_heads
-    arguments.tokens_inverse = 2**16 // arguments.tokens + 1
-    arguments.capacity_inverse = (2**64 - 1) // arguments.capacity + 1
+    arguments.tokens_inverse, arguments.capacity_inverse = inverses(arguments.tokens, arguments.capacity)
     if arguments.batch == 1:
         arguments.per_head = split.clusters // arguments.kv_heads
         arguments.per_head_inverse = -(-(2**32) // max(2, arguments.per_head))
