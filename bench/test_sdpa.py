@@ -143,7 +143,7 @@ def _ours_early(inputs: Inputs) -> Callable[[], Tensor]:
 def _hopper() -> str | None:
     from gemma4_impl.kernels import cuda
 
-    return None if cuda.available() else "needs a Hopper GPU"
+    return None if cuda.available() else "needs a Hopper GPU and cuda-bindings"
 
 
 def _torch(kind: SDPBackend, expand: bool = False) -> Callable[[Inputs], Callable[[], Tensor]]:

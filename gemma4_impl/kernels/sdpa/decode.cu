@@ -273,9 +273,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       lowest = max(range.first, 0), highest = range.hi - 1;
     }
   };
-  const auto slot_from = [&](int oldest) {
-    const int start = lo_slot + oldest - range.lo;
-    return start < a.capacity ? start : start - a.capacity;
+  const auto slot_from = [&](int position) {
+    const int slot = lo_slot + position - range.lo;
+    return slot < a.capacity ? slot : slot - a.capacity;
   };
   const auto load_q = [&]() {
 #pragma unroll 2
@@ -366,8 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           bool skip = false;
           if (!POSITIONS) {
             const int position = max(oldest + lane % TILE, range.lo);
-            source = lo_slot + position - range.lo;
-            if (source >= a.capacity) source -= a.capacity;
+            source = slot_from(position);
             skip = position == newest_at;
           }
           const bf16* const from = is_v ? v : k;

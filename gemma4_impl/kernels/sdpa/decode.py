@@ -63,7 +63,9 @@ def split_of(head_dim: int, rows: int, items: int, capacity: int, multiprocessor
     groups = next(g for g in (1, 2, 4, 8) if rows <= 8 * g)
     teams = min(8 // groups, 8 if head_dim < 256 else 4)
     slots = {(512, 1): 3, (512, 2): 3, (512, 4): 5, (256, 1): 3}.get((head_dim, groups), max(4, groups))
-    if (head_dim, groups) == (256, 1) and items > multiprocessors * 10 // 11 // 8:
+    # The multiprocessors come in groups of 16 or 18, one perhaps of fewer: what is left over fills no large cluster.
+    clustered = multiprocessors * 10 // 11
+    if (head_dim, groups) == (256, 1) and items > clustered // 8:
         # Some multiprocessors get two blocks of clusters of eight: of this size the next launch's find room as well.
         teams, slots = 2, 4
     # Large clusters leave more multiprocessors without one, but fewer sums for global memory, which short caches feel.
@@ -72,9 +74,7 @@ def split_of(head_dim: int, rows: int, items: int, capacity: int, multiprocessor
     for cluster in (8, 4, 2, 1) if alike or short else (4, 2, 1):
         split = Split(groups, teams, slots, cluster, 1)
         blocks = min(2, _SHARED // (split.shared_bytes(head_dim, True) + _RESERVED))
-        # The multiprocessors come in groups of 16 or 18, one perhaps of fewer: what is left over fills no cluster.
-        usable = multiprocessors if cluster <= 2 else multiprocessors * 10 // 11
-        clusters = usable * blocks // cluster
+        clusters = (multiprocessors if cluster <= 2 else clustered) * blocks // cluster
         if items <= clusters:
             parts = min(clusters // items, _PARTS) if short else clusters // items
             return replace(split, clusters=parts * items)

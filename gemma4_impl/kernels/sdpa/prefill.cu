@@ -112,7 +112,7 @@ DEVICE void multiply_values(float* d, u32 a, int a_offset, u32 b, int b_offset) 
         : "r"(a), "r"(a_offset / 16), "r"(b), "r"(b_offset / 16));
 }
 
-// Copies of boxes, likewise
+// Boxes, as copy_box has them, back to global memory
 
 DEVICE void store_box(const TensorMap& map, u32 shared, int row, int chunk, int head, int b) {
   asm volatile(
